@@ -1,0 +1,55 @@
+"""The runtime's ops: each name dispatches to the fastest version that can take its tensors, else to the reference.
+
+Imports torch and nothing of llmopt.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmopt_kernels import cpu, reference
+from llmopt_kernels.paging import PagedBatch, Rows, Span
+from llmopt_kernels.reference import dequantize_int4
+
+__all__ = [
+    "PagedBatch",
+    "Rows",
+    "Span",
+    "dequantize_int4",
+    "paged_attention",
+    "rms_norm",
+    "rotary",
+    "silu_mul",
+    "store_kv",
+]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm`."""
+    return cpu.rms_norm(x, weight, eps) if cpu.fits(x) else reference.rms_norm(x, weight, eps)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `reference.rotary`. The caller gives `x` away: it may be turned in place."""
+    return cpu.rotary(x, cos, sin) if cpu.fits(x) else reference.rotary(x, cos, sin)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `reference.silu_mul`."""
+    return cpu.silu_mul(gate_up) if cpu.fits(gate_up) else reference.silu_mul(gate_up)
+
+
+def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """See `reference.store_kv`."""
+    (cpu if cpu.fits(key) else reference).store_kv(key, value, k_cache, v_cache, slots)
+
+
+def paged_attention(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float, window: int | None = None
+) -> Tensor:
+    """Causal attention of packed queries (T, H, D) over the paged cache -> (T, H, Dv); see `reference.attend_rows`."""
+    out = query.new_empty(*query.shape[:-1], v_cache.shape[-1])
+    for group in batch.groups:
+        home = cpu if cpu.fits(query) and cpu.takes(group) else reference
+        home.attend_rows(query, k_cache, v_cache, out, group, scale, window)
+    return out

@@ -1,0 +1,209 @@
+// The CPU ops. A plain C interface (pointers and sizes), compiled once per instruction set; reference.py is the
+// specification. Rows are split over the OpenMP threads of whichever runtime torch has already loaded: a second runtime
+// in the process would spin against it.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+inline float load(bf16 x) {
+    uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+inline void store(float* at, float x) { *at = x; }
+inline void store(bf16* at, float x) {  // round to nearest even, as torch does
+    uint32_t wide;
+    std::memcpy(&wide, &x, 4);
+    at->bits = static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+
+inline float rounded(float x, const float*) { return x; }
+inline float rounded(float x, const bf16*) {
+    bf16 narrow;
+    store(&narrow, x);
+    return load(narrow);
+}
+
+// exp(x) for x <= 88: 2^n * p(f) with a degree-6 polynomial, within 2 ulp; written so that it vectorizes.
+inline float exp_fast(float x) {
+    x = std::max(x, -87.0f);
+    float n = std::nearbyint(x * 1.44269504f);
+    float f = std::fmaf(n, -0.693359375f, x);
+    f = std::fmaf(n, 2.12194440e-4f, f);
+    float p = 1.9875691500e-4f;
+    p = std::fmaf(p, f, 1.3981999507e-3f);
+    p = std::fmaf(p, f, 8.3334519073e-3f);
+    p = std::fmaf(p, f, 4.1665795894e-2f);
+    p = std::fmaf(p, f, 1.6666665459e-1f);
+    p = std::fmaf(p, f, 5.0000001201e-1f);
+    p = std::fmaf(p * f, f, f + 1.0f);
+    int32_t power = (static_cast<int32_t>(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &power, 4);
+    return p * scale;
+}
+
+template <typename T>
+float dot(const float* a, const T* b, int64_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += a[i] * load(b[i]);
+    return sum;
+}
+
+template <typename T>
+void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t n, float eps) {
+#pragma omp parallel for if (rows * n > 65536)
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* from = x + row * n;
+        T* to = out + row * n;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < n; ++i) sum += load(from[i]) * load(from[i]);
+        const float scale = 1.0f / std::sqrt(sum / n + eps);
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) store(to + i, load(weight[i]) * rounded(load(from[i]) * scale, weight));
+    }
+}
+
+// x (tokens, heads, dim) in place, a token's heads `stride` apart from the next token's; cos and sin (tokens, dim).
+template <typename T>
+void rotary(T* x, const T* cos, const T* sin, int64_t tokens, int64_t heads, int64_t dim, int64_t stride) {
+    const int64_t half = dim / 2;
+    for (int64_t t = 0; t < tokens; ++t) {
+        const T *c = cos + t * dim, *s = sin + t * dim;
+        for (int64_t h = 0; h < heads; ++h) {
+            T *low = x + t * stride + h * dim, *high = low + half;
+#pragma omp simd
+            for (int64_t i = 0; i < half; ++i) {
+                const float a = load(low[i]), b = load(high[i]);
+                // Each product is rounded as torch rounds it, so that 16-bit results agree with the reference.
+                const float ac = rounded(a * load(c[i]), x), bs = rounded(b * load(s[i]), x);
+                const float bc = rounded(b * load(c[half + i]), x), as = rounded(a * load(s[half + i]), x);
+                store(low + i, ac - bs);
+                store(high + i, bc + as);
+            }
+        }
+    }
+}
+
+template <typename T>
+void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t n) {
+#pragma omp parallel for if (rows * n > 65536)
+    for (int64_t row = 0; row < rows; ++row) {
+        const T *gate = gate_up + row * 2 * n, *up = gate + n;
+        T* to = out + row * n;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) {
+            const float g = load(gate[i]);
+            store(to + i, rounded(g / (1.0f + exp_fast(std::min(-g, 88.0f))), up) * load(up[i]));
+        }
+    }
+}
+
+template <typename T>
+void store_rows(const T* from, T* cache, const int64_t* slots, int64_t tokens, int64_t width, int64_t stride) {
+    for (int64_t t = 0; t < tokens; ++t) std::memcpy(cache + slots[t] * width, from + t * stride, width * sizeof(T));
+}
+
+struct Shape {
+    int64_t queries, heads, kv_heads, dim, value_dim, block_size, table_width, query_stride, window;
+};
+
+// One request, one KV head: all its query heads and query tokens, so that each key and value is read once per token.
+template <typename T>
+void attend(const T* query, const T* k, const T* v, T* out, const int64_t* table, int64_t length, int64_t kv_head,
+            const Shape& s, float scale, std::vector<float>& scratch) {
+    const int64_t group = s.heads / s.kv_heads;
+    for (int64_t row = 0; row < s.queries; ++row) {
+        const int64_t end = length - s.queries + row + 1, begin = s.window > 0 ? std::max<int64_t>(0, end - s.window) : 0;
+        const int64_t seen = end - begin;
+        scratch.resize(group * (s.dim + seen + s.value_dim));
+        float *q = scratch.data(), *p = q + group * s.dim, *sum = p + group * seen;
+        for (int64_t g = 0; g < group; ++g)
+            for (int64_t d = 0; d < s.dim; ++d)
+                q[g * s.dim + d] = load(query[row * s.query_stride + (kv_head * group + g) * s.dim + d]) * scale;
+        auto slot = [&](int64_t t) { return table[t / s.block_size] * s.block_size + t % s.block_size; };
+        for (int64_t t = 0; t < seen; ++t) {
+            const T* key = k + (slot(begin + t) * s.kv_heads + kv_head) * s.dim;
+            for (int64_t g = 0; g < group; ++g) p[g * seen + t] = dot(q + g * s.dim, key, s.dim);
+        }
+        for (int64_t g = 0; g < group; ++g) {
+            float *pg = p + g * seen, top = pg[0], total = 0;
+#pragma omp simd reduction(max : top)
+            for (int64_t t = 0; t < seen; ++t) top = std::max(top, pg[t]);
+#pragma omp simd reduction(+ : total)
+            for (int64_t t = 0; t < seen; ++t) total += pg[t] = exp_fast(pg[t] - top);
+            const float inverse = 1.0f / total;
+#pragma omp simd
+            for (int64_t t = 0; t < seen; ++t) pg[t] *= inverse;
+        }
+        std::fill(sum, sum + group * s.value_dim, 0.0f);
+        for (int64_t t = 0; t < seen; ++t) {
+            const T* value = v + (slot(begin + t) * s.kv_heads + kv_head) * s.value_dim;
+            for (int64_t g = 0; g < group; ++g) {
+                const float weight = p[g * seen + t];
+                float* to = sum + g * s.value_dim;
+#pragma omp simd
+                for (int64_t d = 0; d < s.value_dim; ++d) to[d] += weight * load(value[d]);
+            }
+        }
+        for (int64_t g = 0; g < group; ++g)
+            for (int64_t d = 0; d < s.value_dim; ++d)
+                store(out + (row * s.heads + kv_head * group + g) * s.value_dim + d, sum[g * s.value_dim + d]);
+    }
+}
+
+// query rows[b]..rows[b]+queries of request b; out (T, heads, value_dim); tables (requests, table_width) of block numbers.
+template <typename T>
+void paged_attention(const T* query, const T* k, const T* v, T* out, const int64_t* rows, const int64_t* tables,
+                     const int64_t* lengths, int64_t requests, const int64_t* shape, float scale) {
+    const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], shape[7], shape[8]};
+    const int64_t tasks = requests * s.kv_heads;
+#pragma omp parallel if (tasks > 1)
+    {
+        std::vector<float> scratch;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; ++task) {
+            const int64_t b = task / s.kv_heads;
+            attend(query + rows[b] * s.query_stride, k, v, out + rows[b] * s.heads * s.value_dim,
+                   tables + b * s.table_width, lengths[b], task % s.kv_heads, s, scale, scratch);
+        }
+    }
+}
+
+}  // namespace
+
+#define EXPORT(T, suffix)                                                                                              \
+    void llmopt_rms_norm_##suffix(const T* x, const T* w, T* out, int64_t rows, int64_t n, float eps) {                \
+        rms_norm(x, w, out, rows, n, eps);                                                                             \
+    }                                                                                                                  \
+    void llmopt_rotary_##suffix(T* x, const T* c, const T* s, int64_t tokens, int64_t heads, int64_t dim, int64_t by) { \
+        rotary(x, c, s, tokens, heads, dim, by);                                                                       \
+    }                                                                                                                  \
+    void llmopt_silu_mul_##suffix(const T* x, T* out, int64_t rows, int64_t n) { silu_mul(x, out, rows, n); }          \
+    void llmopt_store_rows_##suffix(const T* x, T* cache, const int64_t* slots, int64_t tokens, int64_t width,         \
+                                    int64_t by) {                                                                      \
+        store_rows(x, cache, slots, tokens, width, by);                                                                \
+    }                                                                                                                  \
+    void llmopt_paged_attention_##suffix(const T* q, const T* k, const T* v, T* out, const int64_t* rows,              \
+                                         const int64_t* tables, const int64_t* lengths, int64_t requests,              \
+                                         const int64_t* shape, float scale) {                                          \
+        paged_attention(q, k, v, out, rows, tables, lengths, requests, shape, scale);                                  \
+    }
+
+extern "C" {
+EXPORT(float, f32)
+EXPORT(bf16, bf16)
+}

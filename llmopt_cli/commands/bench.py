@@ -1,0 +1,232 @@
+"""`llmopt bench`: drive a workload at an engine or a server, show and keep what came out."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmopt_cli.errors import ServerError, UnknownNameError, UsageError
+from llmopt_cli.options import (
+    BlockSizeOpt,
+    DeviceOpt,
+    DtypeOpt,
+    JsonOpt,
+    KvMemoryOpt,
+    MaxBatchedTokensOpt,
+    MaxModelLenOpt,
+    MaxNumSeqsOpt,
+    QuietOpt,
+    RecipeModelArg,
+    RecipeOpt,
+    TrustOpt,
+)
+from llmopt_cli.output import Output
+
+if TYPE_CHECKING:
+    from llmopt_cli.bench.targets import Target
+    from llmopt_cli.spec.recipe import Recipe
+    from llmopt_cli.spec.result import Result
+    from llmopt_cli.spec.workload import Workload
+
+WorkloadOpt = Annotated[str, typer.Option("--workload", "-w", help="A YAML file, or `chat`, `code`, `rag`, `decode`.")]
+BaseUrlOpt = Annotated[
+    str | None, typer.Option("--base-url", help="Measure the OpenAI-compatible server there, not an engine in here.")
+]
+ServedOpt = Annotated[
+    str | None, typer.Option("--served-model-name", "--served-model", help="The model to ask the server for.")
+]
+KeyOpt = Annotated[str | None, typer.Option("--api-key", envvar="LLMOPT_API_KEY", help="The server's key.")]
+ConcurrencyOpt = Annotated[
+    str | None, typer.Option("--concurrency", "-c", help="Requests under way at once; several as `1,8,32`.")
+]
+RateOpt = Annotated[
+    float | None,
+    typer.Option("--rate", "--request-rate", help="Requests a second, sent whether answered or not."),
+]
+BurstinessOpt = Annotated[
+    float | None,
+    typer.Option("--burstiness", help="Coefficient of variation of the gaps under --rate: 0 even, 1 Poisson."),
+]
+NumRequestsOpt = Annotated[
+    int | None, typer.Option("--num-requests", "--num-prompts", min=1, help="How many to count.")
+]
+ResultsOpt = Annotated[Path, typer.Option("--results", help="Folder to which bench.jsonl the result is added.")]
+AgainstOpt = Annotated[
+    str | None, typer.Option("--against", help="`transformers`: also run its generate on the same requests, in turns.")
+]
+SeedOpt = Annotated[int | None, typer.Option("--seed", help="Seed of lengths, texts and times, for the workload's.")]
+
+FAILURES_ALLOWED = 0.01
+
+
+def bench(
+    model: RecipeModelArg = None,
+    workload: WorkloadOpt = "chat",
+    concurrency: ConcurrencyOpt = None,
+    rate: RateOpt = None,
+    burstiness: BurstinessOpt = None,
+    num_requests: NumRequestsOpt = None,
+    against: AgainstOpt = None,
+    base_url: BaseUrlOpt = None,
+    served_model: ServedOpt = None,
+    api_key: KeyOpt = None,
+    results: ResultsOpt = Path("results"),
+    recipe: RecipeOpt = None,
+    seed: SeedOpt = None,
+    dtype: DtypeOpt = None,
+    device: DeviceOpt = None,
+    max_model_len: MaxModelLenOpt = None,
+    max_num_seqs: MaxNumSeqsOpt = None,
+    max_num_batched_tokens: MaxBatchedTokensOpt = None,
+    block_size: BlockSizeOpt = None,
+    kv_cache_memory_bytes: KvMemoryOpt = None,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Measure TTFT, TPOT, throughput and goodput of an engine or a server under a workload.
+
+    TTFT: from sending to the first token. TPOT: (last token - first token) / (tokens - 1). ITL: the gaps between
+    tokens, pooled. Goodput: requests per second that keep the workload's limits. The result is added to
+    RESULTS/bench.jsonl.
+    """
+    from llmopt_cli.bench.environment import fingerprint, spinning
+    from llmopt_cli.bench.run import Session
+    from llmopt_cli.bench.tables import show
+    from llmopt_cli.spec.recipe import Recipe
+
+    out = Output(as_json=as_json, quiet=quiet)
+    flags = {
+        "dtype": dtype,
+        "device": device,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "block_size": block_size,
+        "kv_cache_memory_bytes": kv_cache_memory_bytes,
+    }
+    loads = _loads(workload, concurrency, rate, burstiness, num_requests, seed)
+    _check(flags | {"recipe": recipe}, against, loads, base_url, served_model)
+    environment = fingerprint()
+    if warning := spinning(environment):
+        out.warn(warning)
+    if base_url is None:
+        deployment = Recipe.resolve(recipe, model=model, **flags)
+        target, baseline = _open_engine(deployment, trust_remote_code, with_baseline=against is not None, out=out)
+    else:
+        deployment, baseline = None, None
+        target = _open_server(base_url, served_model, api_key, model, trust_remote_code)
+    session = Session(target, loads, deployment, environment, _command_line(api_key), results, baseline)
+    found = session.run(out.progress)
+    out.result([asdict(result) for result in found], lambda: show(found))
+    out.note(f"added to {results / 'bench.jsonl'}")
+    _conclude(found)
+
+
+def _loads(
+    name: str,
+    concurrency: str | None,
+    rate: float | None,
+    burstiness: float | None,
+    num_requests: int | None,
+    seed: int | None,
+) -> list[Workload]:
+    """The workload as the flags change it, once for every concurrency."""
+    from llmopt_cli.spec.workload import Workload
+
+    if concurrency is not None and rate is not None:
+        raise UsageError("--concurrency and --rate are two kinds of load", "give one of them")
+    base = Workload.read(name)
+    try:
+        arrivals = base.arrivals if burstiness is None else replace(base.arrivals, burstiness=burstiness)
+        base = replace(
+            base,
+            arrivals=arrivals,
+            num_requests=num_requests or base.num_requests,
+            seed=base.seed if seed is None else seed,
+        )
+        if rate is not None:
+            return [base.with_load(rate=rate)]
+        return [base.with_load(concurrency=count) for count in _numbers(concurrency)] or [base]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _numbers(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise UsageError(f"--concurrency takes numbers, not `{text}`", "for example `--concurrency 1,8,32`") from None
+
+
+def _check(
+    engine_flags: Mapping[str, object],
+    against: str | None,
+    loads: Sequence[Workload],
+    base_url: str | None,
+    served_model: str | None,
+) -> None:
+    """Refuse flags that would have no effect, before anything is loaded."""
+    if against not in (None, "transformers"):
+        raise UnknownNameError("baseline", against, ["transformers"])
+    if against and loads[0].arrivals.rate:
+        raise UsageError("--against compares engines under full load", "leave --rate out")
+    if base_url is None and served_model is not None:
+        raise UsageError("--served-model-name is a name on a server", "give the server's --base-url")
+    given = [name for name, value in {**engine_flags, "against": against}.items() if value is not None]
+    if base_url is not None and given:
+        raise UsageError(f"--{given[0].replace('_', '-')} is for an engine in this process", "leave --base-url out")
+
+
+def _open_engine(deployment: Recipe, trust: bool, *, with_baseline: bool, out: Output) -> tuple[Target, Target | None]:
+    from llmopt_cli.bench.targets import EngineTarget
+    from llmopt_cli.runtime import Engine
+
+    with out.progress(f"loading {deployment.model}") as report:
+        engine = Engine.from_pretrained(
+            deployment.model,
+            dtype=deployment.dtype,
+            device=deployment.device,
+            batching=deployment.batching,
+            trust_remote_code=trust,
+            report=report,
+        )
+    if not with_baseline:
+        return EngineTarget(engine), None
+    from llmopt_cli.bench.baseline import TransformersTarget
+
+    return EngineTarget(engine), TransformersTarget(engine)
+
+
+def _open_server(url: str, served_model: str | None, api_key: str | None, model: str | None, trust: bool) -> Target:
+    from llmopt_cli.bench.http_target import HttpTarget
+
+    if model is None:
+        return HttpTarget(url, served_model, api_key)
+    from llmopt_cli.runtime.tokenizer import Tokenizer
+    from llmopt_cli.spec.checkpoint import Checkpoint
+
+    return HttpTarget(url, served_model, api_key, Tokenizer(Checkpoint.open(model), trust).encode)
+
+
+def _command_line(secret: str | None) -> str:
+    """What was typed, without the key."""
+    line = shlex.join(["llmopt", *sys.argv[1:]])
+    return line.replace(secret, "***") if secret else line
+
+
+def _conclude(results: Sequence[Result]) -> None:
+    """Exit 130 after Ctrl-C, 1 if more than one request in a hundred failed."""
+    for result in results:
+        failed, completed = result.metrics["failed"], result.metrics["completed"]
+        if failed > FAILURES_ALLOWED * (failed + completed):
+            reason = result.metrics["first_error"]
+            raise ServerError(f"{failed} of {failed + completed} requests failed; the first: {reason}")
+    if any(result.partial for result in results):
+        raise typer.Exit(130)

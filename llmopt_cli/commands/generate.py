@@ -1,0 +1,59 @@
+"""`llmopt generate`: complete prompts once, in process, without a server."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from llmopt_cli import options
+from llmopt_cli.errors import UsageError
+from llmopt_cli.output import Output
+
+
+def generate(
+    model: options.ModelArg = "demo",
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="May be given again; `-` reads stdin.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Draw among the k likeliest; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest with this mass.")] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes draws repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End before this string. May be given again.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    dtype: options.DtypeOpt = None,
+    device: options.DeviceOpt = None,
+    trust_remote_code: options.TrustOpt = False,
+    as_json: options.JsonOpt = False,
+    quiet: options.QuietOpt = False,
+) -> None:
+    """Complete prompts: raw text, special tokens as the tokenizer adds them."""
+    from llmopt_cli.runtime.request import SamplingParams
+
+    out = Output(as_json=as_json, quiet=quiet)
+    if not prompt:
+        raise UsageError("there is no prompt", 'give one: `llmopt generate demo --prompt "It was"`')
+    prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), ignore_eos=ignore_eos)
+
+    from llmopt_cli.runtime import Engine
+
+    with out.progress(f"loading {model}") as report:
+        engine = Engine.from_pretrained(
+            model, dtype=dtype or "auto", device=device or "auto", trust_remote_code=trust_remote_code, report=report
+        )
+    tokenizer = engine.tokenizer
+    ids = [tokenizer.chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text) for text in prompts]
+    with out.progress("generating") as report:
+        outputs = engine.generate(ids, params, report)
+    data = [
+        {"prompt": text, "text": o.text, "token_ids": list(o.token_ids), "finish_reason": o.finish_reason}
+        for text, o in zip(prompts, outputs, strict=True)
+    ]
+    out.result(data if len(data) > 1 else data[0], lambda: [output.text for output in outputs])

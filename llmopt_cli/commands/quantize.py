@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def quantize() -> None:
+    """placeholder"""

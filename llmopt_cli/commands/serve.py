@@ -1,0 +1,101 @@
+"""`llmopt serve`: a model behind OpenAI's API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from llmopt_cli.options import (
+    BlockSizeOpt,
+    DeviceOpt,
+    DtypeOpt,
+    JsonOpt,
+    KvMemoryOpt,
+    MaxBatchedTokensOpt,
+    MaxModelLenOpt,
+    MaxNumSeqsOpt,
+    QuietOpt,
+    RecipeModelArg,
+    RecipeOpt,
+    TrustOpt,
+)
+from llmopt_cli.output import Output, lines
+
+NameOpt = Annotated[str | None, typer.Option("--served-model-name", help="The name clients ask for. Default: MODEL.")]
+KeyOpt = Annotated[
+    str | None, typer.Option("--api-key", envvar="LLMOPT_API_KEY", help="Let in only requests that carry this key.")
+]
+HostOpt = Annotated[str, typer.Option("--host", help="The address to listen on.")]
+PortOpt = Annotated[int, typer.Option("--port", min=0, max=65535, help="The port to listen on, 0 for any free one.")]
+QueueOpt = Annotated[
+    int, typer.Option("--max-num-queued-reqs", min=0, help="Requests that may wait; more are answered 429.")
+]
+DrainOpt = Annotated[
+    float, typer.Option("--shutdown-timeout", min=0, help="Seconds that running requests get to finish at a signal.")
+]
+
+
+def serve(
+    model: RecipeModelArg = None,
+    host: HostOpt = "127.0.0.1",
+    port: PortOpt = 8000,
+    served_model_name: NameOpt = None,
+    api_key: KeyOpt = None,
+    recipe: RecipeOpt = None,
+    dtype: DtypeOpt = None,
+    device: DeviceOpt = None,
+    max_model_len: MaxModelLenOpt = None,
+    max_num_seqs: MaxNumSeqsOpt = None,
+    max_num_batched_tokens: MaxBatchedTokensOpt = None,
+    block_size: BlockSizeOpt = None,
+    kv_cache_memory_bytes: KvMemoryOpt = None,
+    max_num_queued_reqs: QueueOpt = 512,
+    shutdown_timeout: DrainOpt = 30.0,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Serve a model over OpenAI's API, with continuous batching and a paged KV cache."""
+    from llmopt_cli.server.app import run
+    from llmopt_cli.server.service import Settings
+    from llmopt_cli.spec.recipe import Recipe
+
+    deployment = Recipe.resolve(
+        recipe,
+        model=model,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+    )
+    settings = Settings(
+        model_name=served_model_name or deployment.model,
+        host=host,
+        port=port,
+        api_key=api_key,
+        max_num_queued_reqs=max_num_queued_reqs,
+        shutdown_timeout=shutdown_timeout,
+    )
+    out = Output(as_json=as_json, quiet=quiet)
+    run(deployment, settings, trust_remote_code, lambda report: _announce(out, report))
+
+
+def _announce(out: Output, report: dict[str, Any]) -> None:
+    """The memory budget and the URL: on stderr for people, on stdout with `--json`."""
+    if out.as_json:
+        out.result(report, lambda: "")
+        return
+    rows = [
+        ("model", f"{report['model']} ({report['dtype']} on {report['device']})"),
+        ("weights", f"{report['weights_bytes'] / 2**20:,.1f} MiB"),
+        ("KV cache", f"{report['kv_cache_bytes'] / 2**20:,.1f} MiB: {report['kv_cache_tokens']:,} tokens"),
+        ("blocks", f"{report['block_size']} tokens each"),
+        ("context", f"{report['max_model_len']:,} tokens"),
+        ("batch", f"{report['max_num_seqs']:,} requests, {report['max_num_batched_tokens']:,} tokens a step"),
+    ]
+    out.note(lines(rows))
+    out.note(f"\nserving on {report['url']} (Ctrl-C to stop)")

@@ -1,0 +1,125 @@
+"""The rules of thumb that everybody computes by hand, and the exact figures beside them.
+
+The rules know neither grouped-query attention nor an engine's overheads, and nothing else is computed from them.
+Bytes and seconds; 1 GB = 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmopt_cli.estimate.latency import StepModel
+from llmopt_cli.estimate.memory import KV_BYTES, Budget, kv_sequence_bytes, kv_values_per_layer
+from llmopt_cli.spec.hardware import GB
+from llmopt_cli.spec.model import ModelSpec
+
+OVERHEAD = (1.2, 1.3)  # activations and the rest: 20-30 % on top of weights and KV cache
+
+
+def weight_bytes(num_params: float, bits: float) -> float:
+    """Parameters x bytes."""
+    return num_params * bits / 8
+
+
+def kv_bytes(num_layers: int, hidden_size: int, length: int, batch: int, bytes_per_value: float = KV_BYTES) -> float:
+    """2 x layers x d_model x length x bytes x batch: keys and values as multi-head attention would keep them."""
+    return 2 * num_layers * hidden_size * length * bytes_per_value * batch
+
+
+def total_bytes(weights: float, kv: float) -> tuple[float, float]:
+    """Weights and KV cache with the low and the high overhead."""
+    return OVERHEAD[0] * (weights + kv), OVERHEAD[1] * (weights + kv)
+
+
+def seconds_per_token(weights: float, bandwidth: float) -> float:
+    """Decoding one sequence reads every weight once a token: bytes / bytes per second."""
+    return weights / bandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A formula with its numbers, and what it gives: one value, or a low and a high one."""
+
+    formula: str
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One figure by its rule and exactly."""
+
+    name: str
+    unit: Literal["bytes", "seconds"]
+    rule: Figure
+    exact: Figure
+
+
+def side_by_side(step: StepModel, budget: Budget, batch: int, input_len: int, output_len: int) -> list[Comparison]:
+    """The rules for `batch` requests on the GPUs of `step`, each beside the exact figure for all of them together."""
+    spec, gpus, length = step.spec, step.tp, input_len + output_len
+    weights = weight_bytes(spec.num_params, step.scheme.weight_bits)
+    kv = kv_bytes(spec.num_layers, spec.hidden_size, length, batch)
+    token = seconds_per_token(weights, gpus * step.hardware.bandwidth)
+    rule_kv = (
+        f"2 x {spec.num_layers} layers x {spec.hidden_size} x {length:,} tokens x {KV_BYTES:g} B x {batch} requests"
+    )
+    return [
+        Comparison(
+            "weights",
+            "bytes",
+            _one(f"{_count(spec.num_params)} parameters x {step.scheme.weight_bits / 8:g} B", weights),
+            _one(_weights_formula(step), gpus * budget.weights),
+        ),
+        Comparison("KV cache", "bytes", _one(rule_kv, kv), _exact_kv(spec, gpus, length, batch)),
+        Comparison(
+            "all of it",
+            "bytes",
+            Figure("(weights + KV cache) x 1.2 to 1.3", *total_bytes(weights, kv)),
+            _exact_total(spec, budget, gpus, length, batch),
+        ),
+        Comparison(
+            "time per token, one request",
+            "seconds",
+            _one(f"{weights / GB:,.4g} GB / ({gpus} x {step.hardware.bandwidth_gb_s:,.0f} GB/s)", token),
+            _one("bytes / (efficiency x bandwidth) + launches + all-reduces", step.tpot(1, input_len, output_len)),
+        ),
+    ]
+
+
+def _one(formula: str, value: float) -> Figure:
+    return Figure(formula, value, value)
+
+
+def _count(params: int) -> str:
+    return f"{params / 1e9:,.2f} B" if params >= 1e9 else f"{params / 1e6:,.2f} M"
+
+
+def _weights_formula(step: StepModel) -> str:
+    linear, others = step.spec.linear_params, step.spec.num_params - step.spec.linear_params
+    return (
+        f"{_count(linear)} in linear layers x {step.scheme.bits_per_weight:.4g} bits"
+        f" + {_count(others)} others x {max(16, step.scheme.weight_bits)} bits"
+    )
+
+
+def _exact_kv(spec: ModelSpec, gpus: int, length: int, batch: int) -> Figure:
+    value = gpus * batch * kv_sequence_bytes(spec, length, tp=gpus)
+    if spec.latent:
+        cached = f"{spec.num_layers} layers x {kv_values_per_layer(spec)} latent values"
+    else:
+        cached = f"2 x {spec.num_layers} layers x {spec.num_kv_heads} of {spec.num_heads} heads x {spec.head_dim}"
+    if spec.num_sliding_layers:
+        cached += f" ({spec.num_sliding_layers} layers: the last {spec.sliding_window:,} tokens)"
+    if spec.num_linear_layers:
+        cached += f" ({spec.num_linear_layers} layers: none)"
+    copies = f" x {copies:.3g} copies" if (copies := value / (batch * kv_sequence_bytes(spec, length))) > 1 else ""
+    return _one(f"{cached} x {length:,} tokens x {KV_BYTES:g} B x {batch} requests{copies}", value)
+
+
+def _exact_total(spec: ModelSpec, budget: Budget, gpus: int, length: int, batch: int) -> Figure:
+    beside = budget.activations + budget.non_torch
+    kv = batch * kv_sequence_bytes(spec, length, tp=gpus)
+    formula = f"weights + KV cache + {gpus} x {beside / GB:.2f} GB of activations and non-torch memory"
+    return _one(formula, gpus * (budget.weights + beside + kv))

@@ -1,0 +1,203 @@
+"""Fusing by structure: a recognised attention block, MLP or RMSNorm is replaced whole by ours.
+
+A block is recognised by its members, not by its model, and ours is kept only if it equals the original on random input
+in float32; anything else keeps its own forward. All of it happens on the meta device, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmopt_cli.model.attention import AttentionContext, LayerFacts, PagedLayer, attend
+from llmopt_cli.model.linear import MergedLinear, PackedLinear, merge
+from llmopt_kernels import rms_norm, rotary, silu_mul
+
+TOKENS = 5  # of the random input that a fused block is verified on
+TOLERANCE = 1e-4
+Build = Callable[[nn.Module], nn.Module | None]  # our block for a recognised one, sharing its members
+Example = tuple[Tensor, dict[str, Any]]  # input and keywords that a block is verified on
+
+
+class FusedAttention(nn.Module):
+    """q, k and v as one product, optional per-head norms, rotary, paged attention, output product."""
+
+    def __init__(self, original: nn.Module, facts: LayerFacts, qkv: nn.Module) -> None:
+        super().__init__()
+        self.paged = PagedLayer(AttentionContext())
+        self.layer_idx = original.layer_idx
+        self.facts = facts
+        self.qkv = qkv
+        self.q_norm = getattr(original, "q_norm", None)
+        self.k_norm = getattr(original, "k_norm", None)
+        self.o_proj = original.get_submodule("o_proj")
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+    ) -> tuple[Tensor, None]:
+        """hidden_states (1, T, N); cos and sin (1, T, D). Returns ((1, T, N), None) as the block it replaces."""
+        facts = self.facts
+        tokens = hidden_states.shape[1]
+        heads = self.qkv(hidden_states.squeeze(0)).view(tokens, -1, facts.head_dim)
+        query_heads = heads.shape[1] - 2 * facts.kv_heads
+        turning = heads[:, : query_heads + facts.kv_heads]
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = turning[:, :query_heads], turning[:, query_heads:]
+            turning = torch.cat((self.q_norm(query), self.k_norm(key)), dim=1)
+        cos, sin = position_embeddings
+        turned = rotary(turning, cos.squeeze(0), sin.squeeze(0))
+        query, key, value = turned[:, :query_heads], turned[:, query_heads:], heads[:, -facts.kv_heads :]
+        out = attend(self.paged, query, key, value, facts.scaling, facts.window)
+        return self.o_proj(out.reshape(1, tokens, -1)), None
+
+
+class FusedMLP(nn.Module):
+    """gate and up as one product, `silu(gate) * up`, down."""
+
+    def __init__(self, original: nn.Module, gate_up: nn.Module) -> None:
+        super().__init__()
+        self.gate_up = gate_up
+        self.down_proj = original.get_submodule("down_proj")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., N) -> (..., N)."""
+        out: Tensor = self.down_proj(silu_mul(self.gate_up(x)))
+        return out
+
+
+class FusedRMSNorm(nn.Module):
+    """The plain-gain RMSNorm as one op."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., N) -> (..., N)."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+def fuse(model: nn.Module) -> dict[str, int]:
+    """Replace what is recognised and verified, in place. Returns how many blocks of each kind were fused."""
+    verdicts: dict[Any, bool] = {}
+    fused = dict.fromkeys(KINDS, 0)
+    for parent in reversed(list(model.modules())):  # children first, so that a fused block holds fused norms
+        for name, child in list(parent.named_children()):
+            for kind, (build, example) in KINDS.items():
+                ours = build(child)
+                if ours is None:
+                    continue
+                key = (type(child), getattr(ours, "facts", None), *(tuple(p.shape) for p in child.parameters()))
+                if key not in verdicts:
+                    verdicts[key] = _equals(child, build, example)
+                if verdicts[key]:
+                    setattr(parent, name, ours)
+                    fused[kind] += 1
+                break
+    return fused
+
+
+def named_slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, the tensor its data goes into) for everything that is stored; members under their own names."""
+    for path, module in model.named_modules():
+        if isinstance(module, MergedLinear | PackedLinear):
+            parent = path.rpartition(".")[0]
+            for name, tensor in module.slots():
+                yield _join(parent, name), tensor
+            continue
+        for name, tensor in module.named_parameters(recurse=False):
+            yield _join(path, name), tensor.data
+        for name, tensor in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield _join(path, name), tensor
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _attention(block: nn.Module) -> FusedAttention | None:
+    members = {name for name, _ in block.named_children()}
+    if members - {"q_norm", "k_norm"} != {"q_proj", "k_proj", "v_proj", "o_proj"} or not hasattr(block, "head_dim"):
+        return None
+    facts = _facts(block)
+    qkv = merge({name: block.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")})
+    if facts is None or facts.value_dim != facts.head_dim or qkv is None:
+        return None
+    return FusedAttention(block, facts, qkv)
+
+
+def _mlp(block: nn.Module) -> FusedMLP | None:
+    if {name for name, _ in block.named_children()} != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return None
+    gate_up = merge({name: block.get_submodule(name) for name in ("gate_proj", "up_proj")})
+    return None if gate_up is None else FusedMLP(block, gate_up)
+
+
+def _norm(block: nn.Module) -> FusedRMSNorm | None:
+    eps = getattr(block, "variance_epsilon", getattr(block, "eps", None))
+    parameters = dict(block.named_parameters())
+    if "RMSNorm" not in type(block).__name__ or isinstance(block, FusedRMSNorm) or list(parameters) != ["weight"]:
+        return None
+    return FusedRMSNorm(parameters["weight"], eps) if isinstance(eps, float) else None
+
+
+def _facts(block: nn.Module) -> LayerFacts | None:
+    """What the block tells the attention interface, from a run of its own forward; None if it does not run alone."""
+    layer = PagedLayer(AttentionContext())
+    block.paged = layer
+    try:
+        hidden, others = _attention_example(block)
+        block(hidden, **others)
+    except (TypeError, RuntimeError, ValueError, AttributeError, KeyError):
+        return None
+    return layer.seen
+
+
+def _attention_example(block: Any) -> Example:
+    angles = _example(block, block.head_dim)
+    others = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
+    return _example(block, block.q_proj.in_features), others
+
+
+def _example(block: nn.Module, width: int) -> Tensor:
+    """(1, TOKENS, width) random input where the block lies, in its floating dtype."""
+    parameter = next(p for p in block.parameters() if p.is_floating_point())
+    return torch.randn(1, TOKENS, width, device=parameter.device, dtype=parameter.dtype)
+
+
+@torch.no_grad()
+def _equals(original: nn.Module, build: Build, example: Callable[[Any], Example]) -> bool:
+    """Whether the block that `build` makes computes what `original` does, on random weights and input in float32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        twin = copy.deepcopy(original).to_empty(device="cpu").float()
+        for parameter in twin.parameters():
+            if parameter.is_floating_point():
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            else:
+                parameter.random_(0, 256 if parameter.shape[-1] > 1 else 16)
+        x, others = example(twin)
+    ours = build(twin)
+    assert ours is not None, "what was recognised on the meta device is recognised on the CPU"
+    weights = dict(named_slots(twin))
+    for name, slot in named_slots(ours):
+        slot.copy_(weights[name])
+    try:
+        expected, found = twin(x, **others), ours(x, **others)
+    except (TypeError, RuntimeError):  # it takes other input, or its products have other shapes
+        return False
+    expected, found = (out[0] if isinstance(out, tuple) else out for out in (expected, found))
+    return torch.allclose(expected, found, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+KINDS: dict[str, tuple[Build, Callable[[Any], Example]]] = {
+    "attention": (_attention, _attention_example),
+    "mlp": (_mlp, lambda block: (_example(block, block.gate_proj.in_features), {})),
+    "norm": (_norm, lambda block: (_example(block, block.weight.shape[0]), {})),
+}

@@ -1,0 +1,125 @@
+"""Linear layers as the runtime holds them: several members of one input run as one product, weights packed or not.
+
+A member is a linear of the checkpoint (`q_proj`); its rows are a slice of the merged tensor, so weights stream straight
+into place and nothing is copied to fuse. Knows no file format: formats unpack into the one in-memory form here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmopt_kernels import dequantize_int4
+
+INT4_GROUPS = (32, 64, 128, 256)  # group sizes of torch's int4 product
+
+
+class MergedLinear(nn.Module):
+    """`x @ weight.T + bias` with the rows of all members stacked. x (..., in) -> (..., sum of the members' outputs)."""
+
+    def __init__(self, members: Mapping[str, nn.Linear]) -> None:
+        super().__init__()
+        first = next(iter(members.values()))
+        rows = sum(member.out_features for member in members.values())
+        self.members = {name: member.out_features for name, member in members.items()}
+        self.weight = nn.Parameter(first.weight.new_empty(rows, first.in_features), requires_grad=False)
+        self.bias = None
+        if first.bias is not None:
+            self.bias = nn.Parameter(first.bias.new_empty(rows), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all members at once."""
+        return F.linear(x, self.weight, self.bias)
+
+    def slots(self) -> Iterator[tuple[str, Tensor]]:
+        """(`member.weight`, its rows) for every member and tensor."""
+        return member_slots(self.members, {"weight": self.weight, "bias": self.bias})
+
+
+class PackedLinear(nn.Module):
+    """Integer weights that stay packed in memory: dequantized per use, or multiplied as they are.
+
+    `codes` uint8 (out, in/2), two 4-bit codes a byte, even column low; `scales` (out, G); `zeros` uint8 (out, G). A
+    weight is `(code - zero) * scale`.
+    """
+
+    def __init__(self, members: Mapping[str, int], in_features: int, group_size: int, bias: bool, dtype: torch.dtype):
+        super().__init__()
+        rows, groups = sum(members.values()), in_features // group_size
+        self.members, self.in_features, self.group_size = dict(members), in_features, group_size
+        self.codes = nn.Parameter(torch.empty(rows, in_features // 2, dtype=torch.uint8), requires_grad=False)
+        self.scales = nn.Parameter(torch.empty(rows, groups, dtype=dtype), requires_grad=False)
+        self.zeros = nn.Parameter(torch.empty(rows, groups, dtype=torch.uint8), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
+        self.register_buffer("steps", None, persistent=False)  # set by `prepare`: torch's int4 form is in use
+
+    @classmethod
+    def like(cls, name: str, linear: nn.Linear, group_size: int) -> Self:
+        """An empty packed twin of `linear`; `group_size` 0 is one group a row."""
+        size = group_size or linear.in_features
+        members = {name: linear.out_features}
+        return cls(members, linear.in_features, size, linear.bias is not None, linear.weight.dtype)
+
+    @classmethod
+    def merged(cls, members: Sequence[PackedLinear]) -> PackedLinear | None:
+        """One packed linear with the rows of all, or None if their storage does not agree."""
+        first = members[0]
+        if any(
+            member.group_size != first.group_size or (member.bias is None) != (first.bias is None) for member in members
+        ):
+            return None
+        names = {name: rows for member in members for name, rows in member.members.items()}
+        return cls(names, first.in_features, first.group_size, first.bias is not None, first.scales.dtype)
+
+    def slots(self) -> Iterator[tuple[str, Tensor]]:
+        """(`member.codes`, its rows) for every member and tensor."""
+        tensors = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "bias": self.bias}
+        return member_slots(self.members, tensors)
+
+    def prepare(self) -> None:
+        """After loading: take torch's int4 layout where it is faster than dequantizing, which is 16 bit on the CPU.
+
+        Its weight is `(code - 8) * scale + shift`; ours is that with `shift = (8 - zero) * scale`.
+        """
+        rows, on_cpu = self.codes.shape[0], self.codes.device.type == "cpu"
+        if not on_cpu or self.scales.dtype != torch.bfloat16 or self.group_size not in INT4_GROUPS or rows % 16:
+            return
+        values = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).view(rows, -1).to(torch.int32)
+        shift = (8 - self.zeros.float()) * self.scales.float()
+        self.steps = torch.stack((self.scales.T, shift.T.to(self.scales.dtype)), dim=-1).contiguous()  # (G, out, 2)
+        self.codes.data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        if self.steps is None:
+            weight = dequantize_int4(self.codes, self.scales, self.zeros)
+            return F.linear(x, weight, self.bias)
+        flat = x.reshape(-1, self.in_features)
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.codes, self.group_size, self.steps)
+        out = out.view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+
+def merge(members: Mapping[str, nn.Module]) -> nn.Module | None:
+    """One module for linears of the same input, empty, to be filled through its slots; None if they cannot be one."""
+    linears = list(members.values())
+    if all(type(linear) is nn.Linear for linear in linears):
+        plain = {name: linear for name, linear in members.items() if isinstance(linear, nn.Linear)}
+        agree = len({linear.bias is None for linear in plain.values()}) == 1
+        return MergedLinear(plain) if agree else None
+    packed = [linear for linear in linears if isinstance(linear, PackedLinear)]
+    return PackedLinear.merged(packed) if len(packed) == len(linears) else None
+
+
+def member_slots(members: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+    """Each member's rows of each tensor, under the name `member.tensor`."""
+    start = 0
+    for name, rows in members.items():
+        for suffix, tensor in tensors.items():
+            if tensor is not None:
+                yield f"{name}.{suffix}", tensor.data[start : start + rows]
+        start += rows

@@ -1,0 +1,37 @@
+"""The options that several commands share, declared once with the words that users of vLLM know.
+
+Options that a recipe holds too default to None, "not given": a flag wins over the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or `demo`.")]
+RecipeModelArg = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="A local folder, a hub id, or `demo`. Default: the recipe's, else `demo`."),
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no remarks.")]
+SeedOpt = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+DeviceOpt = Annotated[str | None, typer.Option("--device", help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
+DtypeOpt = Annotated[
+    str | None, typer.Option("--dtype", help="`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.")
+]
+RecipeOpt = Annotated[
+    Path | None, typer.Option("--recipe", help="A deployment in YAML; flags given beside it win over the file.")
+]
+TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the checkpoint.")]
+MaxModelLenOpt = Annotated[int | None, typer.Option("--max-model-len", min=1, help="Context limit in tokens.")]
+MaxNumSeqsOpt = Annotated[int | None, typer.Option("--max-num-seqs", min=1, help="Most requests in one batch.")]
+MaxBatchedTokensOpt = Annotated[
+    int | None, typer.Option("--max-num-batched-tokens", min=1, help="Token budget of one step.")
+]
+BlockSizeOpt = Annotated[int | None, typer.Option("--block-size", min=1, help="Tokens of one KV block.")]
+KvMemoryOpt = Annotated[
+    int | None, typer.Option("--kv-cache-memory-bytes", min=1, help="Bytes of KV cache; by default what is free.")
+]

@@ -1,0 +1,150 @@
+"""The engine on a thread of its own, for servers and load generators that live on an event loop.
+
+The engine is touched by its thread only; the loop sends it commands and gets outputs back, one hand-over a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Self
+
+from llmopt_cli.errors import ServerError
+from llmopt_cli.runtime.engine import Engine
+from llmopt_cli.runtime.request import RequestOutput, SamplingParams
+
+
+@dataclass
+class _Mailbox:
+    """The outputs of one request that its reader has not taken yet, merged into one."""
+
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    output: RequestOutput | None = None
+
+    def put(self, output: RequestOutput) -> None:
+        """Merge `output` into what waits, so that a slow reader costs no queue."""
+        old = self.output
+        if old is not None:
+            new_tokens = old.num_new_tokens + output.num_new_tokens
+            output = replace(output, delta=old.delta + output.delta, num_new_tokens=new_tokens)
+        self.output = output
+        self.arrived.set()
+
+    async def take(self) -> RequestOutput | None:
+        """Wait for and take what arrived; None if the engine died or was stopped."""
+        await self.arrived.wait()
+        self.arrived.clear()
+        output, self.output = self.output, None
+        return output
+
+
+class AsyncEngine:
+    """`async with AsyncEngine(engine) as async_engine:` runs the engine while the block lasts."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.failure: BaseException | None = None
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._commands: list[Callable[[], object]] = []
+        self._wake = threading.Condition()
+        self._stopping = self._ended = False
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ids = itertools.count()
+        self._last_progress = time.monotonic()
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name="llmopt-engine", daemon=True)
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._thread is not None
+        self.stop()
+        await asyncio.to_thread(self._thread.join)
+
+    def stop(self) -> None:
+        """Abort what runs and end the thread after its current step; open streams raise ServerError at once."""
+        with self._wake:
+            self._commands += [partial(self.engine.abort, request_id) for request_id in self._mailboxes]
+            self._stopping = True
+            self._wake.notify()
+        self._deliver([])
+
+    @property
+    def seconds_without_progress(self) -> float:
+        """How long ago the engine last finished a step or was idle."""
+        return time.monotonic() - self._last_progress if self.engine.has_work() else 0.0
+
+    async def stream(
+        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield outputs as they come, the last with a finish reason. Closing the iterator aborts the request.
+
+        Raises at the first step what `Engine.check` raises, and ServerError if the engine died or was stopped.
+        """
+        self.engine.check(prompt_ids, params)
+        request_id = request_id or f"stream-{next(self._ids)}"
+        mailbox = self._mailboxes[request_id] = _Mailbox()
+        self._send(lambda: self.engine.add_request(prompt_ids, params, request_id))
+        finished = False
+        try:
+            while not finished:
+                output = None if self.failure or self._stopping else await mailbox.take()
+                if output is None:
+                    why = f": {self.failure!r}" if self.failure else " before the request was finished"
+                    raise ServerError(f"the engine stopped{why}") from self.failure
+                finished = output.finished
+                yield output
+        finally:
+            del self._mailboxes[request_id]
+            if not finished:
+                self._send(lambda: self.engine.abort(request_id))
+
+    def _send(self, command: Callable[[], object]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _work(self) -> None:
+        """The thread: take commands, step while there is work, hand outputs to the loop."""
+        try:
+            while True:
+                with self._wake:
+                    while not (self._commands or self._stopping or self.engine.has_work()):
+                        self._wake.wait()
+                    commands, self._commands = self._commands, []
+                    stopping = self._stopping
+                self._last_progress = time.monotonic()
+                for command in commands:
+                    command()
+                if stopping:
+                    break
+                outputs = self.engine.step()
+                self._last_progress = time.monotonic()
+                self._hand_over(outputs)
+        except BaseException as error:  # noqa: BLE001  whatever kills the thread must reach every reader
+            self.failure = error
+        finally:
+            self.engine.abort_all()
+            self._ended = True
+            self._hand_over([])
+
+    def _hand_over(self, outputs: list[RequestOutput]) -> None:
+        assert self._loop is not None
+        if outputs or self._ended:
+            self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            if output.request_id in self._mailboxes:
+                self._mailboxes[output.request_id].put(output)
+        if self._ended:
+            for mailbox in self._mailboxes.values():
+                mailbox.arrived.set()

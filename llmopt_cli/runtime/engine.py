@@ -1,0 +1,244 @@
+"""The engine: schedule, run, sample, post-process. Synchronous; `async_engine` puts it on a thread.
+
+Knows requests, tokens and text; nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any, Self
+
+from llmopt_cli.errors import CapacityError, UsageError
+from llmopt_cli.model.attention import paged_layers
+from llmopt_cli.model.load import LoadedModel, load_model
+from llmopt_cli.output import Report
+from llmopt_cli.runtime.blocks import BlockPool
+from llmopt_cli.runtime.kv_cache import hang_cache, release_cache, size_cache
+from llmopt_cli.runtime.request import FinishReason, Request, RequestOutput, SamplingParams
+from llmopt_cli.runtime.runner import ModelRunner
+from llmopt_cli.runtime.sampler import sample
+from llmopt_cli.runtime.scheduler import SchedulerState, schedule
+from llmopt_cli.runtime.tokenizer import TextStream, Tokenizer
+from llmopt_cli.spec.checkpoint import Checkpoint
+from llmopt_cli.spec.recipe import Batching
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A moment's load and the totals since start. `kv_cache_usage` is the held share of blocks, 0..1."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    num_blocks: int
+    block_size: int
+    num_preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request in the engine, its text and its random stream."""
+
+    request: Request
+    text: TextStream
+    stream: Random
+    shown: int = 0  # characters already handed out
+
+
+class Engine:
+    """Continuous batching of one model over one paged cache."""
+
+    def __init__(self, checkpoint: Checkpoint, loaded: LoadedModel, tokenizer: Tokenizer, batching: Batching) -> None:
+        spec = checkpoint.spec
+        self.checkpoint, self.tokenizer = checkpoint, tokenizer
+        self.dtype, self.device = loaded.dtype, loaded.device
+        self.max_model_len = min(batching.max_model_len or spec.max_context, spec.max_context)
+        self.batching = replace(batching, max_model_len=self.max_model_len)
+        self.cache_size = size_cache(spec, batching, self.max_model_len, loaded.dtype, loaded.device)
+        self._layers = paged_layers(loaded.model)
+        hang_cache(self._layers, self.cache_size, loaded.dtype, loaded.device)
+        self._loaded = loaded
+        self._runner = ModelRunner(loaded, batching.block_size)
+        self._state = SchedulerState(self.batching, BlockPool(self.cache_size.num_blocks))
+        self._live: dict[str, _Live] = {}
+        self._ids = itertools.count()
+        self._preemptions = self._prompt_tokens = self._generation_tokens = 0
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | Checkpoint,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        batching: Batching | None = None,
+        trust_remote_code: bool = False,
+        report: Report | None = None,
+    ) -> Self:
+        """Load `model` (a folder, a hub id, `demo`) and size its cache."""
+        checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+        tokenizer = Tokenizer(checkpoint, trust_remote_code)
+        loaded = load_model(checkpoint, dtype, device, trust_remote_code, report)
+        return cls(checkpoint, loaded, tokenizer, batching or Batching())
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        report: Report | None = None,
+    ) -> list[RequestOutput]:
+        """Complete every prompt (text or token ids); outputs in the order of the prompts."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        params = params or SamplingParams()
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        if len(each) != len(prompts):
+            raise UsageError(f"{len(prompts)} prompts with {len(each)} sets of sampling parameters")
+        encoded = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        for ids, one in zip(encoded, each, strict=True):
+            self.check(ids, one)
+        order = [self.add_request(ids, one) for ids, one in zip(encoded, each, strict=True)]
+        finished: dict[str, RequestOutput] = {}
+        while len(finished) < len(order):
+            finished |= {output.request_id: output for output in self.step() if output.finished}
+            if report:
+                report(len(finished), len(order))
+        return [finished[request_id] for request_id in order]
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise CapacityError or UsageError for a request that can never run."""
+        if not prompt_ids:
+            raise UsageError("the prompt has no tokens")
+        if len(prompt_ids) >= self.max_model_len:
+            raise CapacityError(
+                f"the prompt has {len(prompt_ids):,} tokens and the context is {self.max_model_len:,}",
+                "shorten the prompt" if self._at_limit() else "raise `--max-model-len`, or shorten the prompt",
+            )
+        vocabulary = self.checkpoint.spec.vocab_size
+        strange = next((token for token in prompt_ids if not 0 <= token < vocabulary), None)
+        if strange is not None:
+            raise UsageError(f"token id {strange} is outside the vocabulary of {vocabulary:,}")
+
+    def add_request(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None) -> str:
+        """Queue a request; returns its id. Raises what `check` raises."""
+        self.check(prompt_ids, params)
+        request_id = request_id or f"request-{next(self._ids)}"
+        if request_id in self._live:
+            raise UsageError(f"request id `{request_id}` is already running")
+        request = Request(request_id, list(prompt_ids), len(prompt_ids), params)
+        text = TextStream(self.tokenizer, prompt_ids, params.stop)
+        self._live[request_id] = _Live(request, text, Random(params.seed))
+        self._state.waiting.append(request)
+        self._prompt_tokens += len(prompt_ids)
+        return request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, run, sample, post-process: one token for every request that was computed to its end."""
+        plan = schedule(self._state)
+        self._preemptions += len(plan.preempted)
+        if not plan.chunks:
+            return []
+        logits = self._runner.run(plan.chunks, {key: live.request for key, live in self._live.items()})
+        ready = [self._live[chunk.request_id] for chunk in plan.chunks if chunk.samples]
+        tokens = sample(logits, [live.request.params for live in ready], [live.stream for live in ready])
+        self._generation_tokens += len(tokens)
+        outputs = [self._take(live, token) for live, token in zip(ready, tokens, strict=True)]
+        if any(output.finished for output in outputs):
+            self._state.running = [r for r in self._state.running if r.request_id in self._live]
+        return outputs
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request wherever it is; an unknown id is one that already ended."""
+        live = self._live.pop(request_id, None)
+        if live is None:
+            return
+        self._state.release(live.request)
+        for queue in (self._state.running, self._state.waiting):
+            if live.request in queue:
+                queue.remove(live.request)
+
+    def has_work(self) -> bool:
+        """Whether any request is running or waiting."""
+        return bool(self._live)
+
+    def stats(self) -> EngineStats:
+        """The load now and the totals since start."""
+        blocks = self._state.blocks
+        return EngineStats(
+            num_running=len(self._state.running),
+            num_waiting=len(self._state.waiting),
+            kv_cache_usage=1 - blocks.num_free / blocks.num_blocks,
+            num_blocks=blocks.num_blocks,
+            block_size=self.cache_size.block_size,
+            num_preemptions=self._preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+        )
+
+    def startup_report(self) -> dict[str, Any]:
+        """What was loaded and how memory is shared out; bytes and tokens."""
+        return {
+            "model": self.checkpoint.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "weights_bytes": self._loaded.weight_bytes,
+            "kv_cache_bytes": self.cache_size.nbytes,
+            "kv_cache_tokens": self.cache_size.num_tokens,
+            "block_size": self.cache_size.block_size,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.batching.max_num_seqs,
+            "max_num_batched_tokens": self.batching.max_num_batched_tokens,
+            "fused": dict(self._loaded.fused),
+        }
+
+    def check_integrity(self) -> None:
+        """Assert the invariants of scheduler and blocks; meant for idle moments and tests."""
+        self._state.check_integrity()
+
+    def abort_all(self) -> None:
+        """Drop every request."""
+        for request_id in list(self._live):
+            self.abort(request_id)
+
+    def close(self) -> None:
+        """Drop every request and let go of the cache."""
+        self.abort_all()
+        release_cache(self._layers)
+
+    def _take(self, live: _Live, token: int) -> RequestOutput:
+        """Give a request its new token: text, end, output."""
+        request = live.request
+        request.token_ids.append(token)
+        request.finish_reason = self._reason_to_stop(live, token)
+        if request.finish_reason is not None:
+            live.text.close()
+            self._state.release(request)
+            del self._live[request.request_id]
+        text = live.text.text
+        delta, live.shown = text[live.shown :], len(text)
+        return RequestOutput(
+            request_id=request.request_id,
+            text=text,
+            delta=delta,
+            token_ids=tuple(request.output_ids),
+            num_new_tokens=1,
+            num_prompt_tokens=request.num_prompt,
+            finish_reason=request.finish_reason,
+        )
+
+    def _reason_to_stop(self, live: _Live, token: int) -> FinishReason | None:
+        request, params = live.request, live.request.params
+        ends_text = token in params.stop_token_ids or (token in self.tokenizer.eos_ids and not params.ignore_eos)
+        # The stop token itself is never part of the text.
+        if ends_text or live.text.push(token):
+            return FinishReason.STOP
+        full = request.num_tokens >= self.max_model_len
+        return FinishReason.LENGTH if full or len(request.output_ids) >= params.max_tokens else None
+
+    def _at_limit(self) -> bool:
+        return self.max_model_len >= self.checkpoint.spec.max_context

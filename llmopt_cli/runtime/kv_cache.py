@@ -1,0 +1,78 @@
+"""The paged KV cache: how many blocks fit, and the tensors hung on each attention layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmopt_cli.errors import CapacityError
+from llmopt_cli.estimate.memory import kv_block_bytes
+from llmopt_cli.model.attention import PagedLayer
+from llmopt_cli.runtime.probe import free_memory
+from llmopt_cli.spec.model import ModelSpec
+from llmopt_cli.spec.recipe import Batching
+
+KV_SHARE_OF_FREE = 0.9  # the rest is for activations and for whoever else allocates
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """How large the cache is: blocks of `block_size` tokens, `block_bytes` each over all layers."""
+
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return self.num_blocks * self.block_bytes
+
+
+def size_cache(
+    spec: ModelSpec, batching: Batching, max_model_len: int, dtype: torch.dtype, device: torch.device
+) -> CacheSize:
+    """The cache for `batching`: the bytes asked for, else what full-length requests can use of what is free.
+
+    Raises CapacityError if not even one request of full length fits.
+    """
+    block_bytes = kv_block_bytes(spec, batching.block_size, dtype.itemsize)
+    blocks_per_request = -(-max_model_len // batching.block_size)
+    if batching.kv_cache_memory_bytes is not None:
+        num_blocks = batching.kv_cache_memory_bytes // block_bytes
+    else:
+        affordable = int(free_memory(device) * KV_SHARE_OF_FREE) // block_bytes
+        num_blocks = min(affordable, blocks_per_request * batching.max_num_seqs)
+    if num_blocks < blocks_per_request:
+        raise CapacityError(
+            f"the KV cache would hold {num_blocks * batching.block_size:,} tokens, less than one request of "
+            f"{max_model_len:,} ({blocks_per_request * block_bytes / 2**20:,.1f} MiB)",
+            f"lower `--max-model-len` to {max(num_blocks, 1) * batching.block_size}, or give more with "
+            "`--kv-cache-memory-bytes`",
+        )
+    return CacheSize(num_blocks, batching.block_size, block_bytes)
+
+
+def hang_cache(layers: Sequence[PagedLayer], size: CacheSize, dtype: torch.dtype, device: torch.device) -> None:
+    """Allocate keys and values for every layer: (slots, KV heads, head size). Exactly `size.nbytes` in all."""
+    slots = size.num_tokens
+    for layer in layers:
+        assert layer.seen is not None, "layers are probed when the model is loaded"
+        # Zeros, not garbage: a masked NaN would still poison the sum over values.
+        layer.k = torch.zeros(slots, layer.seen.kv_heads, layer.seen.head_dim, dtype=dtype, device=device)
+        layer.v = torch.zeros(slots, layer.seen.kv_heads, layer.seen.value_dim, dtype=dtype, device=device)
+    allocated = sum(t.nbytes for layer in layers for t in (layer.k, layer.v) if t is not None)
+    assert allocated == size.nbytes, f"the cache takes {allocated} bytes where the estimate says {size.nbytes}"
+
+
+def release_cache(layers: Sequence[PagedLayer]) -> None:
+    """Drop the tensors, so that another engine can take the model."""
+    for layer in layers:
+        layer.k = layer.v = None

@@ -1,0 +1,59 @@
+"""`Hardware`: what one accelerator holds and how fast it is. Facts with their sources; no efficiencies, no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GB = 10**9
+GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One accelerator. Rates are dense peaks (no sparsity) of the datasheet; GB is 1e9 bytes, GiB 1024^3.
+
+    `memory_gib` is what a program can use, `memory_gb` what the label says. `link_gb_s` is one direction between two
+    of them. Rates that it lacks, and a price nobody published, are None. Prices are USD an hour for one.
+    """
+
+    name: str
+    vendor: str
+    arch: str
+    memory_gib: float
+    memory_gb: float
+    bandwidth_gb_s: float
+    bf16_tflops: float
+    fp8_tflops: float | None = None
+    int8_tops: float | None = None
+    fp4_tflops: float | None = None
+    link_gb_s: float | None = None
+    link: str = ""
+    price_usd_hour: float | None = None
+    price_range: str = ""
+    price_source: str = ""
+    spec_source: str = ""
+    notes: str = ""
+
+    @property
+    def memory_bytes(self) -> float:
+        """Usable memory in bytes."""
+        return self.memory_gib * GIB
+
+    @property
+    def bandwidth(self) -> float:
+        """Peak memory bandwidth in bytes per second."""
+        return self.bandwidth_gb_s * GB
+
+    @property
+    def link_bandwidth(self) -> float:
+        """One direction to another accelerator, in bytes per second; PCIe 3.0 x16 where no source names the link."""
+        return (self.link_gb_s or 16) * GB
+
+    @property
+    def over_pcie(self) -> bool:
+        """Whether accelerators talk over PCIe, where tensor parallelism pays little."""
+        return self.link.startswith("PCIe") or not self.link
+
+    def flops(self, fp8: bool = False) -> float:
+        """Peak multiply-adds x 2 per second in 16-bit, or in FP8 where the tensor cores have it."""
+        return (self.fp8_tflops if fp8 and self.fp8_tflops else self.bf16_tflops) * 1e12

@@ -1,0 +1,74 @@
+"""`Recipe`: a deployment as data. Which model, in which precision, batched how, on what.
+
+Knows no torch and checks no file: names are resolved by the verb that uses them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from llmopt_cli.errors import UsageError
+from llmopt_cli.spec.yaml_file import find_yaml, read_yaml, recipes_folder
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How requests share the machine. Lengths and budgets in tokens, memory in bytes.
+
+    `max_model_len=None` is the model's own limit; `kv_cache_memory_bytes=None` is what is free, capped at what
+    `max_num_seqs` requests of full length can use.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "kv_cache_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            # Every running request needs a token of the budget in every step, or decoding starves.
+            raise ValueError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs {self.max_num_seqs}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One deployment. `scheme` is what `quantize` makes of `model`; `serve` and `bench` run `model` as it is."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    model: str = "demo"
+    scheme: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    gpu: str | None = None
+    batching: Batching = field(default_factory=Batching)
+
+    @classmethod
+    def read(cls, name: str | Path) -> Self:
+        """Read a recipe file, or the bundled recipe of that name."""
+        return read_yaml(find_yaml("recipe", name, recipes_folder()), cls)
+
+    @classmethod
+    def resolve(cls, name: str | Path | None, **flags: Any) -> Self:
+        """The recipe in file `name` (or the default), overridden by every flag that is not None.
+
+        Flags named like fields of `Batching` go there. Raises UsageError if flags and file contradict each other.
+        """
+        recipe = cls.read(name) if name is not None else cls()
+        given = {key: value for key, value in flags.items() if value is not None}
+        batching = {key: given.pop(key) for key in list(given) if key in Batching.__dataclass_fields__}
+        try:
+            return replace(recipe, batching=replace(recipe.batching, **batching), **given)
+        except ValueError as error:
+            raise UsageError(str(error)) from None

@@ -1,0 +1,201 @@
+"""`Workload`: who asks what and when. Lengths and arrival times are drawn here, so every verb sees the same traffic.
+
+Knows neither tokens nor text: `bench` fills the lengths with tokens, an estimator may integrate over them. Standard
+library only; the same seed draws the same requests, and the first N of a longer run are those of a shorter one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import ClassVar, Literal, NamedTuple, Self
+
+from llmopt_cli.spec.yaml_file import find_yaml, read_yaml, recipes_folder
+
+
+class Size(NamedTuple):
+    """Tokens of one request: its whole prompt and what it asks for."""
+
+    input_len: int
+    output_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """A distribution of lengths in tokens, at least 1. `mean` and `sd` describe it before it is cut to `min`..`max`.
+
+    `constant` takes mean, `uniform` min and max, `normal` and `lognormal` mean and sd, and min and max if wanted.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    kind: Literal["constant", "uniform", "normal", "lognormal"] = "constant"
+    mean: float | None = None
+    sd: float | None = None
+    min: int | None = None
+    max: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {name for name in ("mean", "sd", "min", "max") if getattr(self, name) is not None}
+        needed, optional = _TAKES[self.kind]
+        if missing := needed - given:
+            raise ValueError(f"`{self.kind}` needs {' and '.join(sorted(missing))}")
+        if extra := given - needed - optional:
+            raise ValueError(f"`{self.kind}` takes no {' or '.join(sorted(extra))}")
+        for name, least in (("mean", 1), ("sd", 0), ("min", 1), ("max", self.least)):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+
+    @property
+    def least(self) -> int:
+        """The shortest length that can be drawn."""
+        return round(self.mean or 1) if self.kind == "constant" else self.min or 1
+
+    def draw(self, rng: Random) -> int:
+        """One length."""
+        drawn = max(_DRAWS[self.kind](self, rng), self.least)
+        return round(drawn if self.max is None else min(drawn, self.max))
+
+
+def _lognormal(lengths: Lengths, rng: Random) -> float:
+    """Mean m and deviation s of the values give the logarithm's: var = ln(1 + (s/m)^2), mu = ln m - var/2."""
+    assert lengths.mean is not None
+    assert lengths.sd is not None
+    variance = math.log1p((lengths.sd / lengths.mean) ** 2)
+    return rng.lognormvariate(math.log(lengths.mean) - variance / 2, math.sqrt(variance))
+
+
+_TAKES: dict[str, tuple[set[str], set[str]]] = {  # kind -> (needed, optional)
+    "constant": ({"mean"}, set()),
+    "uniform": ({"min", "max"}, set()),
+    "normal": ({"mean", "sd"}, {"min", "max"}),
+    "lognormal": ({"mean", "sd"}, {"min", "max"}),
+}
+_DRAWS: dict[str, Callable[[Lengths, Random], float]] = {
+    "constant": lambda lengths, rng: lengths.mean or 1,
+    "uniform": lambda lengths, rng: rng.randint(lengths.min or 1, lengths.max or 1),
+    "normal": lambda lengths, rng: rng.normalvariate(lengths.mean or 1, lengths.sd or 0),
+    "lognormal": _lognormal,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """Closed loop: `concurrency` requests are always under way. Open loop: they come at `rate` a second, ready or not.
+
+    `burstiness` is the coefficient of variation of the gaps in the open loop: 0 even, 1 Poisson, above 1 in bursts
+    (production traces show 1 to 13).
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    concurrency: int | None = None
+    rate: float | None = None
+    burstiness: float = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.concurrency is None) == (self.rate is None):
+            raise ValueError("arrivals need either concurrency or rate")
+        if self.concurrency is not None and self.concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, not {self.concurrency}")
+        if self.rate is not None and not (math.isfinite(self.rate) and self.rate > 0):
+            raise ValueError(f"rate must be above 0, not {self.rate}")
+        if not 0 <= self.burstiness <= 100:
+            raise ValueError(f"burstiness must lie in 0..100, not {self.burstiness}")
+
+    @property
+    def label(self) -> str:
+        """`concurrency 8`, or `4 requests/s, CV 1`."""
+        if self.concurrency is not None:
+            return f"concurrency {self.concurrency}"
+        return f"{self.rate:g} requests/s, CV {self.burstiness:g}"
+
+    def offsets(self, count: int, seed: int) -> list[float]:
+        """Seconds after the start at which `count` requests of the open loop are due; the first at once.
+
+        The gaps follow a gamma law of mean 1/rate and shape 1/CV^2 (shape 1 is the exponential law of Poisson).
+        """
+        assert self.rate is not None, "a closed loop has no timetable"
+        rng = Random(f"{seed}/arrivals")
+        variance = self.burstiness**2
+        times = [0.0]
+        for _ in range(count - 1):
+            gap = rng.gammavariate(1 / variance, variance) if variance else 1.0
+            times.append(times[-1] + gap / self.rate)
+        return times
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What a good request may take, in milliseconds; None is no limit."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One traffic. `warmup` requests run first and are not counted; `source` says where the figures come from.
+
+    `shared_prefix` tokens at the head of every prompt are the same (a system prompt); they count into `input_len`.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    name: str
+    input_len: Lengths
+    output_len: Lengths
+    arrivals: Arrivals
+    num_requests: int
+    description: str = ""
+    source: str = ""
+    warmup: int = 0
+    shared_prefix: int = 0
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    seed: int = 0
+    slo: Slo = field(default_factory=Slo)
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_requests", 1), ("warmup", 0), ("shared_prefix", 0), ("temperature", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.shared_prefix >= self.input_len.least:
+            raise ValueError(f"shared_prefix {self.shared_prefix} leaves the shortest prompt no token of its own")
+
+    @classmethod
+    def read(cls, name: str | Path) -> Self:
+        """Read a workload file, or the bundled workload of that name."""
+        return read_yaml(find_yaml("workload", name, recipes_folder() / "workloads"), cls)
+
+    def with_load(self, *, concurrency: int | None = None, rate: float | None = None) -> Self:
+        """The same requests under another load; `burstiness` stays."""
+        return replace(self, arrivals=replace(self.arrivals, concurrency=concurrency, rate=rate))
+
+    def warm_up(self) -> Self:
+        """The requests to send beforehand, all at once; `warmup` must not be 0."""
+        arrivals = replace(self.arrivals, concurrency=self.warmup, rate=None)
+        return replace(self, num_requests=self.warmup, arrivals=arrivals, seed=self.seed + 1)
+
+    def sizes(self, context: int | None) -> tuple[list[Size], int]:
+        """The lengths of all requests, and how many of them had to be clipped to `context` tokens.
+
+        A clipped request keeps its output and loses prompt, but never the last token of it.
+        """
+        ins, outs = Random(f"{self.seed}/input"), Random(f"{self.seed}/output")
+        wanted = [Size(self.input_len.draw(ins), self.output_len.draw(outs)) for _ in range(self.num_requests)]
+        fitted = [_clip(size, context) for size in wanted]
+        return fitted, sum(one != other for one, other in zip(wanted, fitted, strict=True))
+
+
+def _clip(size: Size, context: int | None) -> Size:
+    if context is None or sum(size) <= context:
+        return size
+    output_len = min(size.output_len, context - 1)
+    return Size(min(size.input_len, context - output_len), output_len)

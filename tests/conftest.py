@@ -1,0 +1,66 @@
+"""Fixtures that several packages share: devices, tiny random checkpoints, the demo engine."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "llmopt_cli" / "assets" / "bookworm-6m"
+TINY = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 6,
+}
+
+torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a checkpoint folder of a tiny random model: `tiny("Qwen2Config", "Qwen2ForCausalLM", sliding_window=8)`.
+
+    The demo's tokenizer lies beside it. The output head is sharpened, so that greedy choices are no ties.
+    """
+    made: dict[str, Path] = {}
+
+    def make(family: str, **changes: Any) -> Path:
+        key = f"{family}-{sorted(changes.items())}"
+        if key not in made:
+            made[key] = _make(family, tmp_path_factory.mktemp(family), changes)
+        return made[key]
+
+    return make
+
+
+def _make(family: str, folder: Path, changes: dict[str, Any]) -> Path:
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**(TINY | changes))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(8)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / file, folder)
+    return folder

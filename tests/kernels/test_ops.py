@@ -1,0 +1,147 @@
+"""Every op against a plainer loop, and the compiled CPU version against the reference, on odd shapes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from llmopt_kernels import PagedBatch, Span, cpu, dequantize_int4, paged_attention, reference, store_kv
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+compiled = pytest.mark.skipif(cpu.library() is None, reason="the CPU ops are not compiled here")
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    tolerance = TOLERANCE[found.dtype]
+    return torch.allclose(found.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@compiled
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1, 7), (3, 65), (33, 256)])
+def test_compiled_rms_norm_equals_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    assert close(cpu.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+
+
+def test_rms_norm_is_its_formula() -> None:
+    x, weight = [3.0, -4.0], [2.0, 1.0]
+    scale = 1 / math.sqrt((9 + 16) / 2 + 1e-5)
+    found = reference.rms_norm(torch.tensor(x), torch.tensor(weight), 1e-5)
+    assert found.tolist() == pytest.approx([2 * 3 * scale, -4 * scale])
+
+
+@compiled
+@dtypes
+@pytest.mark.parametrize("heads", [1, 3])
+def test_compiled_rotary_equals_reference_on_a_slice_of_heads(heads: int, dtype: torch.dtype) -> None:
+    angles = torch.randn(5, 8).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    merged = torch.randn(5, heads + 2, 16).to(dtype)
+    untouched = merged[:, heads:].clone()
+    expected = reference.rotary(merged[:, :heads].clone(), cos, sin)
+    assert close(cpu.rotary(merged[:, :heads], cos, sin), expected)
+    assert torch.equal(merged[:, heads:], untouched)
+
+
+def test_rotary_turns_pairs_by_their_angle() -> None:
+    angle = 0.3
+    cos, sin = torch.full((1, 2), math.cos(angle)), torch.full((1, 2), math.sin(angle))
+    turned = reference.rotary(torch.tensor([[[1.0, 0.0]]]), cos, sin)
+    assert turned.flatten().tolist() == pytest.approx([math.cos(angle), math.sin(angle)])
+
+
+@compiled
+@dtypes
+@pytest.mark.parametrize("width", [1, 17, 96])
+def test_compiled_silu_mul_equals_reference(width: int, dtype: torch.dtype) -> None:
+    gate_up = (torch.randn(9, 2 * width) * 20).to(dtype)
+    assert close(cpu.silu_mul(gate_up), reference.silu_mul(gate_up))
+
+
+def test_dequantize_int4_is_its_formula() -> None:
+    codes = torch.tensor([[0x21, 0x43, 0xF0, 0x08]], dtype=torch.uint8)  # columns 1 2 3 4 | 0 15 8 0
+    scales, zeros = torch.tensor([[0.5, 2.0]]), torch.tensor([[1, 8]], dtype=torch.uint8)
+    assert dequantize_int4(codes, scales, zeros).tolist() == [[0.0, 0.5, 1.0, 1.5, -16.0, 14.0, 0.0, -16.0]]
+
+
+def naive_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """One request, contiguous KV, one query and head at a time. query (Q, H, D), keys (L, K, D) -> (Q, H, Dv)."""
+    count, heads, _ = query.shape
+    length, kv_heads, _ = keys.shape
+    out = torch.zeros(count, heads, values.shape[-1])
+    for row in range(count):
+        position = length - count + row
+        first = 0 if window is None else max(0, position - window + 1)
+        for head in range(heads):
+            kv = head // (heads // kv_heads)
+            scores = keys[first : position + 1, kv].double() @ query[row, head].double() * scale
+            out[row, head] = (scores.softmax(0) @ values[first : position + 1, kv].double()).float()
+    return out
+
+
+@dtypes
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim"), [(4, 2, 16, 16), (3, 1, 7, 5), (2, 2, 64, 64)])
+@pytest.mark.parametrize("use_compiled", [False, pytest.param(True, marks=compiled)], ids=["torch", "compiled"])
+def test_paged_attention_equals_naive_attention_over_scattered_pages(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    window: int | None,
+    dtype: torch.dtype,
+    use_compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not use_compiled:
+        monkeypatch.setattr(cpu, "fits", lambda x: False)
+    torch.manual_seed(1)
+    size, scale = 4, dim**-0.5
+    blocks = torch.randperm(40).tolist()
+    spans, histories = [], []
+    for length, context in ((1, 1), (1, 9), (5, 5), (3, 11), (1, 16)):
+        pages = [blocks.pop() for _ in range(-(-context // size))]
+        spans.append(Span(length, context, pages))
+        histories.append(
+            (torch.randn(context, kv_heads, dim).to(dtype), torch.randn(context, kv_heads, value_dim).to(dtype))
+        )
+    batch = PagedBatch(spans, size, torch.device("cpu"))
+    k_cache = torch.full((40 * size, kv_heads, dim), 99.0, dtype=dtype)
+    v_cache = torch.full((40 * size, kv_heads, value_dim), 99.0, dtype=dtype)
+    for span, (keys, values) in zip(spans, histories, strict=True):
+        past = PagedBatch([Span(span.context, span.context, span.blocks)], size, torch.device("cpu"))
+        store_kv(keys, values, k_cache, v_cache, past.new_slots)
+    query = torch.randn(sum(span.length for span in spans), heads, dim).to(dtype)
+    found = paged_attention(query, k_cache, v_cache, batch, scale, window)
+    rows = query.split([span.length for span in spans])
+    expected = [naive_attention(q, k, v, scale, window) for q, (k, v) in zip(rows, histories, strict=True)]
+    assert close(found, torch.cat(expected).to(dtype))
+
+
+@compiled
+def test_compiled_ops_take_strided_heads() -> None:
+    """Models that keep q, k and v side by side per head, or heads before tokens, hand over strided views."""
+    size = torch.device("cpu")
+    batch = PagedBatch([Span(1, 1, [0]), Span(1, 1, [1])], 4, size)
+    interleaved = torch.randn(2, 3, 3 * 8)
+    query, key, value = interleaved.chunk(3, dim=-1)
+    heads_first = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (query, key, value)]
+    results = []
+    for q, k, v in ((query, key, value), heads_first):
+        caches = torch.zeros(8, 3, 8), torch.zeros(8, 3, 8)
+        store_kv(k, v, *caches, batch.new_slots)
+        results.append(paged_attention(q, *caches, batch, 1.0))
+    assert torch.equal(results[0], results[1])
+    assert close(results[0], value)  # one token sees only itself
+
+
+def test_new_slots_and_positions_follow_the_block_table() -> None:
+    batch = PagedBatch([Span(2, 6, [7, 3]), Span(1, 1, [0])], 4, torch.device("cpu"))
+    assert batch.positions.tolist() == [4, 5, 0]
+    assert batch.new_slots.tolist() == [3 * 4 + 0, 3 * 4 + 1, 0]

@@ -1,0 +1,117 @@
+"""Loaded and fused models compute what transformers computes, or are refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from llmopt_cli.errors import CheckpointError, ModelError, UsageError
+from llmopt_cli.model.load import load_model
+from llmopt_cli.spec.checkpoint import Checkpoint
+
+FAMILIES: list[tuple[str, dict[str, Any], dict[str, int]]] = [
+    ("Llama", {"tie_word_embeddings": True}, {"attention": 2, "mlp": 2, "norm": 5}),
+    (
+        "Llama",
+        {"num_key_value_heads": 4, "head_dim": 24, "attention_bias": True},
+        {"attention": 2, "mlp": 2, "norm": 5},
+    ),
+    ("Qwen2", {}, {"attention": 2, "mlp": 2, "norm": 5}),
+    ("Qwen3", {"head_dim": 16}, {"attention": 2, "mlp": 2, "norm": 9}),
+    ("Mistral", {"sliding_window": 4, "head_dim": 16}, {"attention": 2, "mlp": 2, "norm": 5}),
+    ("Olmo2", {}, {"attention": 0, "mlp": 2, "norm": 9}),  # its q and k norms span all heads: keeps its own attention
+    ("Phi3", {}, {"attention": 0, "mlp": 0, "norm": 5}),  # one merged projection already
+    ("Granite", {"attention_multiplier": 0.3, "logits_scaling": 2.0}, {"attention": 2, "mlp": 2, "norm": 5}),
+    ("Mixtral", {"num_local_experts": 4}, {"attention": 2, "mlp": 0, "norm": 5}),  # stacked experts
+    ("GPTNeoX", {"num_key_value_heads": 4}, {"attention": 0, "mlp": 0, "norm": 0}),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "fused"), FAMILIES, ids=[f"{f}-{i}" for i, (f, *_) in enumerate(FAMILIES)]
+)
+def test_logits_equal_transformers(
+    tiny: Callable[..., Path], family: str, changes: dict[str, Any], fused: dict[str, int]
+) -> None:
+    folder = tiny(family, **changes)
+    loaded = load_model(Checkpoint.open(folder), "float32", "cpu")
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(10, 14)[None]  # no longer than the smallest window: without a cache, windows are not applied
+    with torch.inference_mode():
+        found = loaded.model(input_ids=ids, position_ids=torch.arange(4)[None], use_cache=False).logits
+        expected = reference(ids).logits
+    assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
+    assert loaded.fused == fused
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16}, "soft-capped"),
+        ("GptOss", {"head_dim": 16, "num_local_experts": 4}, "sinks"),
+        ("Falcon", {}, "attention interface"),
+        ("Qwen3Next", {"head_dim": 16, "num_hidden_layers": 4, "num_experts": 4}, "1 of its 4 layers"),
+    ],
+)
+def test_semantics_the_runtime_lacks_are_refused(
+    tiny: Callable[..., Path], family: str, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ModelError, match=reason):
+        load_model(Checkpoint.open(tiny(family, **changes)), "float32", "cpu")
+
+
+def copy_of(folder: Path, target: Path, **config: Any) -> Path:
+    shutil.copytree(folder, target)
+    file = target / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return target
+
+
+def test_unknown_architecture_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy_of(tiny("Llama"), tmp_path / "m", model_type="nonesuch")
+    with pytest.raises(ModelError, match="nonesuch"):
+        load_model(Checkpoint.open(folder))
+
+
+def test_remote_code_is_not_run_unasked(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy_of(tiny("Llama"), tmp_path / "m", model_type="nonesuch", auto_map={"AutoConfig": "evil.Config"})
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ModelError, match="own Python code"):
+        load_model(Checkpoint.open(folder))
+
+
+def test_missing_and_surplus_tensors_are_named(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy_of(tiny("Llama"), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    taken = tensors.pop("model.layers.1.self_attn.k_proj.weight")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors.*layers\.1\.self_attn\.k_proj\.weight"):
+        load_model(Checkpoint.open(folder))
+    save_file(
+        tensors | {"model.layers.1.self_attn.k_proj.weight": taken, "extra.weight": taken.clone()},
+        folder / "model.safetensors",
+    )
+    with pytest.raises(ModelError, match=r"extra\.weight"):
+        load_model(Checkpoint.open(folder))
+
+
+def test_a_tensor_of_another_shape_is_named(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy_of(tiny("Llama"), tmp_path / "m", intermediate_size=128)
+    with pytest.raises(CheckpointError, match="has shape"):
+        load_model(Checkpoint.open(folder))
+
+
+def test_unknown_dtype_and_absent_gpu_are_usage_errors(tiny: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint.open(tiny("Llama"))
+    with pytest.raises(UsageError, match="int3"):
+        load_model(checkpoint, dtype="int3")
+    with pytest.raises(UsageError, match="toaster"):
+        load_model(checkpoint, device="toaster")

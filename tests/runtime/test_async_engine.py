@@ -1,0 +1,116 @@
+"""The engine on its thread: many streams at once, aborts, slow readers, and a dying engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import pytest
+
+from llmopt_cli.errors import CapacityError, ServerError
+from llmopt_cli.runtime import AsyncEngine, Engine, RequestOutput, SamplingParams
+from llmopt_cli.spec.recipe import Batching
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.from_pretrained("demo", dtype="float32", device="cpu", batching=Batching(max_num_seqs=8))
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 60))
+
+
+async def collect(stream: AsyncIterator[RequestOutput]) -> list[RequestOutput]:
+    return [output async for output in stream]
+
+
+def test_concurrent_streams_equal_the_synchronous_engine(engine: Engine) -> None:
+    prompts = [[10 + i] * (3 * i + 1) for i in range(12)]
+    params = SamplingParams(max_tokens=12)
+    expected = engine.generate(prompts, params)
+
+    async def work() -> None:
+        async with AsyncEngine(engine) as running:
+            streams = await asyncio.gather(*(collect(running.stream(prompt, params)) for prompt in prompts))
+        for outputs, one in zip(streams, expected, strict=True):
+            assert outputs[-1].token_ids == one.token_ids
+            assert "".join(output.delta for output in outputs) == one.text
+            assert sum(output.num_new_tokens for output in outputs) == len(one.token_ids)
+            assert [output.finished for output in outputs[:-1]] == [False] * (len(outputs) - 1)
+
+    run(work())
+
+
+def test_a_slow_reader_gets_merged_outputs(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    [expected] = engine.generate([[9, 8, 7]], params)
+
+    async def work() -> None:
+        outputs = []
+        async with AsyncEngine(engine) as running:
+            async for output in running.stream([9, 8, 7], params):
+                outputs.append(output)
+                await asyncio.sleep(0.1)
+        assert len(outputs) < 40
+        assert "".join(output.delta for output in outputs) == expected.text
+        assert sum(output.num_new_tokens for output in outputs) == 40
+
+    run(work())
+
+
+def test_a_reader_that_leaves_aborts_its_request(engine: Engine) -> None:
+    async def work() -> None:
+        async with AsyncEngine(engine) as running:
+            stream = running.stream([5, 6], SamplingParams(max_tokens=2000, ignore_eos=True))
+            await anext(stream)
+            assert engine.stats().num_running == 1
+            await stream.aclose()  # type: ignore[attr-defined]
+            for _ in range(200):
+                if not engine.has_work():
+                    break
+                await asyncio.sleep(0.01)
+            assert not engine.has_work()
+            engine.check_integrity()
+
+    run(work())
+
+
+def test_leaving_the_block_stops_the_thread_with_requests_running(engine: Engine) -> None:
+    async def work() -> None:
+        running = AsyncEngine(engine)
+        async with running:
+            stream = running.stream([5, 6], SamplingParams(max_tokens=2000, ignore_eos=True))
+            await anext(stream)
+        assert not engine.has_work()
+        with pytest.raises(ServerError):
+            await anext(stream)
+
+    run(work())
+
+
+def test_impossible_requests_raise_at_the_first_step(engine: Engine) -> None:
+    async def work() -> None:
+        async with AsyncEngine(engine) as running:
+            with pytest.raises(CapacityError):
+                await anext(running.stream([5] * 4000, SamplingParams()))
+
+    run(work())
+
+
+def test_a_dying_engine_reaches_every_reader(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode() -> None:
+        raise RuntimeError("out of luck")
+
+    async def work() -> None:
+        async with AsyncEngine(engine) as running:
+            monkeypatch.setattr(engine, "step", explode)
+            with pytest.raises(ServerError, match="out of luck"):
+                await collect(running.stream([5, 6], SamplingParams()))
+            with pytest.raises(ServerError):
+                await collect(running.stream([5, 6], SamplingParams()))
+            assert isinstance(running.failure, RuntimeError)
+
+    run(work())
+    assert not engine.has_work()

@@ -1,0 +1,194 @@
+"""The engine's contracts: greedy output equals transformers' `generate` in float32, whatever else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmopt_cli.errors import CapacityError, UsageError
+from llmopt_cli.runtime import Engine, FinishReason, SamplingParams
+from llmopt_cli.spec.checkpoint import Checkpoint
+from llmopt_cli.spec.recipe import Batching
+
+GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
+LENGTHS = (1, 2, 7, 8, 9, 31, 64, 100)
+
+
+def prompts_of(lengths: tuple[int, ...], vocabulary: int = 4096) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(7, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+def reference(folder: str | Path, prompts: list[list[int]], max_tokens: int, device: str) -> list[list[int]]:
+    """What transformers' greedy `generate` gives for each prompt alone, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=device)
+        mask = torch.ones_like(ids)
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, eos_token_id=None, pad_token_id=6
+        )
+        outputs.append(out[0, len(prompt) :].tolist())
+    return outputs
+
+
+@pytest.fixture
+def demo(device: str) -> Iterator[Engine]:
+    engine = Engine.from_pretrained("demo", dtype="float32", device=device, batching=Batching(max_num_seqs=8))
+    yield engine
+    engine.check_integrity()
+    engine.close()
+
+
+def test_greedy_equals_generate_alone_and_in_a_batch(demo: Engine) -> None:
+    prompts = prompts_of(LENGTHS)
+    expected = reference(demo.checkpoint.path, prompts, 24, str(demo.device))
+    together = [list(output.token_ids) for output in demo.generate(prompts, GREEDY)]
+    alone = [list(demo.generate([prompt], GREEDY)[0].token_ids) for prompt in prompts]
+    assert together == expected
+    assert alone == expected
+
+
+@pytest.mark.parametrize("block_size", [5, 16])
+@pytest.mark.parametrize("budget", [8, 33])
+def test_greedy_equals_generate_with_chunked_prefill_and_scattered_pages(
+    device: str, block_size: int, budget: int
+) -> None:
+    batching = Batching(max_num_seqs=6, max_num_batched_tokens=budget, block_size=block_size)
+    engine = Engine.from_pretrained("demo", dtype="float32", device=device, batching=batching)
+    engine.generate(prompts_of((40, 3, 21, 60)), SamplingParams(max_tokens=5))  # leaves the free list out of order
+    prompts = prompts_of(LENGTHS)
+    found = [list(output.token_ids) for output in engine.generate(prompts, GREEDY)]
+    assert found == reference(engine.checkpoint.path, prompts, 24, device)
+    engine.check_integrity()
+    assert engine.stats().kv_cache_usage == 0
+
+
+def test_greedy_equals_generate_when_requests_are_preempted(device: str) -> None:
+    batching = Batching(max_num_seqs=8, block_size=4, max_model_len=160, kv_cache_memory_bytes=48 * 4 * 6144)
+    engine = Engine.from_pretrained("demo", dtype="float32", device=device, batching=batching)
+    prompts = prompts_of((30, 41, 25, 33, 52, 18))
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    found = [list(output.token_ids) for output in engine.generate(prompts, params)]
+    assert found == reference(engine.checkpoint.path, prompts, 60, device)
+    assert engine.stats().num_preemptions > 0
+    engine.check_integrity()
+
+
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {}),
+    ("Qwen2", {}),
+    ("Qwen3", {"head_dim": 16}),
+    ("Mistral", {"sliding_window": 12, "head_dim": 16}),
+    ("Phi3", {}),
+    ("Olmo2", {}),
+    ("Mixtral", {"num_local_experts": 4}),
+    ("GPTNeoX", {"num_key_value_heads": 4}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), FAMILIES, ids=[family for family, _ in FAMILIES])
+def test_greedy_equals_generate_for_every_family(
+    tiny: Callable[..., Path], family: str, changes: dict[str, Any], device: str
+) -> None:
+    folder = tiny(family, **changes)
+    batching = Batching(max_num_seqs=4, max_num_batched_tokens=16, block_size=8)
+    engine = Engine.from_pretrained(folder, dtype="float32", device=device, batching=batching)
+    prompts = prompts_of((1, 5, 17, 40))
+    found = [list(output.token_ids) for output in engine.generate(prompts, GREEDY)]
+    assert found == reference(folder, prompts, 24, device)
+
+
+def test_the_cache_has_exactly_the_bytes_of_the_estimate(demo: Engine) -> None:
+    layers = demo._layers
+    allocated = sum(t.nbytes for layer in layers for t in (layer.k, layer.v) if t is not None)
+    spec = demo.checkpoint.spec
+    tokens = demo.startup_report()["kv_cache_tokens"]
+    assert allocated == tokens * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
+
+
+def test_seeded_draws_do_not_depend_on_neighbours(demo: Engine) -> None:
+    prompts = prompts_of((9, 20, 33))
+    mixed = [
+        SamplingParams(max_tokens=16, temperature=0.9, seed=5),
+        SamplingParams(max_tokens=16, temperature=1.3, seed=6, top_p=0.8, top_k=50),
+        SamplingParams(max_tokens=16),
+    ]
+    together = demo.generate(prompts, mixed)
+    alone = [demo.generate([prompt], params)[0] for prompt, params in zip(prompts, mixed, strict=True)]
+    assert [o.token_ids for o in together] == [o.token_ids for o in alone]
+
+
+def test_draws_without_a_seed_differ(demo: Engine) -> None:
+    params = SamplingParams(max_tokens=24, temperature=1.5)
+    first, second = demo.generate([[20, 30]] * 2, params)
+    assert first.token_ids != second.token_ids
+
+
+def test_end_of_text_ends_a_request_unless_ignored(demo: Engine) -> None:
+    [prompt] = prompts_of((12,))
+    [free] = demo.generate([prompt], SamplingParams(max_tokens=8, ignore_eos=True))
+    stop = free.token_ids[3]
+    where = free.token_ids.index(stop)
+    [output] = demo.generate([prompt], SamplingParams(max_tokens=8, stop_token_ids=(stop,), ignore_eos=True))
+    assert output.token_ids == free.token_ids[: where + 1]
+    assert output.finish_reason == FinishReason.STOP
+    assert (
+        output.text
+        == demo.tokenizer.decode(prompt + list(free.token_ids[:where]))[len(demo.tokenizer.decode(prompt)) :]
+    )
+    assert demo.tokenizer.eos_ids == {1, 5}
+
+
+def test_stop_string_ends_the_text_before_itself(demo: Engine) -> None:
+    prompt = demo.tokenizer.encode("It was the best of")
+    [free] = demo.generate([prompt], SamplingParams(max_tokens=40))
+    stop = free.text[9:13]
+    [output] = demo.generate([prompt], SamplingParams(max_tokens=40, stop=("never there", stop)))
+    assert output.text == free.text[: free.text.index(stop)]
+    assert output.finish_reason == FinishReason.STOP
+
+
+def test_context_limit_ends_a_request(tiny: Callable[..., Path]) -> None:
+    engine = Engine.from_pretrained(tiny("Llama"), device="cpu", batching=Batching(max_num_seqs=2, max_model_len=20))
+    [output] = engine.generate(prompts_of((15,)), SamplingParams(max_tokens=50, ignore_eos=True))
+    assert (len(output.token_ids), output.finish_reason) == (5, FinishReason.LENGTH)
+
+
+def test_requests_that_can_never_run_are_refused(demo: Engine) -> None:
+    with pytest.raises(CapacityError, match=r"2,048 tokens and the context is 2,048"):
+        demo.generate([[5] * 2048])
+    with pytest.raises(UsageError, match="no tokens"):
+        demo.generate([[]])
+    with pytest.raises(UsageError, match="4096 is outside"):
+        demo.generate([[4096]])
+    assert not demo.has_work()
+
+
+def test_cache_smaller_than_one_request_is_refused_with_the_way_out() -> None:
+    with pytest.raises(CapacityError, match="KV cache would hold") as caught:
+        Engine.from_pretrained("demo", batching=Batching(kv_cache_memory_bytes=2**20))
+    assert "--max-model-len" in str(caught.value.hint)
+
+
+def test_abort_frees_blocks_in_every_state(demo: Engine) -> None:
+    ids = [demo.add_request(prompt, GREEDY) for prompt in prompts_of(tuple([30] * 12))]  # 8 run, 4 wait
+    demo.step()
+    assert (demo.stats().num_running, demo.stats().num_waiting) == (8, 4)
+    for request_id in (*ids, "unknown"):
+        demo.abort(request_id)
+        demo.check_integrity()
+    assert demo.stats().kv_cache_usage == 0
+    assert not demo.has_work()
+    assert demo.step() == []
+
+
+def test_checkpoint_objects_are_taken_as_they_are(tiny: Callable[..., Path]) -> None:
+    engine = Engine.from_pretrained(Checkpoint.open(tiny("Llama")), device="cpu")
+    assert engine.generate([[5, 6, 7]], SamplingParams(max_tokens=3))[0].num_prompt_tokens == 3
