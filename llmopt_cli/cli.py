@@ -39,6 +39,9 @@ def _root(
 
 def main() -> None:
     """Run the app; a known error becomes one sentence, a hint and its exit code (`LLMOPT_DEBUG=1`: traceback)."""
+    # OpenMP threads that spin for milliseconds at the end of every operation cost a tenfold when anything else wants
+    # the cores; a microsecond of spinning keeps nearly all of the speed on a quiet machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
     except LlmoptError as error:

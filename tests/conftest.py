@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "llmopt_cli" / "assets" / "bookworm-6m"
@@ -25,7 +26,8 @@ TINY = {
     "pad_token_id": 6,
 }
 
-torch.set_num_threads(min(torch.get_num_threads(), 2))
+settings.register_profile("llmopt", deadline=None)  # no test asserts a time
+settings.load_profile("llmopt")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

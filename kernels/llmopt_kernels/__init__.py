@@ -9,13 +9,12 @@ from torch import Tensor
 
 from llmopt_kernels import cpu, reference
 from llmopt_kernels.paging import PagedBatch, Rows, Span
-from llmopt_kernels.reference import dequantize_int4
 
 __all__ = [
     "PagedBatch",
     "Rows",
     "Span",
-    "dequantize_int4",
+    "int4_linear",
     "paged_attention",
     "rms_norm",
     "rotary",
@@ -37,6 +36,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See `reference.silu_mul`."""
     return cpu.silu_mul(gate_up) if cpu.fits(gate_up) else reference.silu_mul(gate_up)
+
+
+def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """See `reference.int4_linear`."""
+    return cpu.int4_linear(x, codes, scales, zeros) if cpu.fits(x) else reference.int4_linear(x, codes, scales, zeros)
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

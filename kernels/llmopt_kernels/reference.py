@@ -46,6 +46,11 @@ def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return (steps.to(scales.dtype) * scales.unsqueeze(-1)).view(rows, -1)
 
 
+def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """x (..., K) times the weights that the codes mean, transposed -> (..., N); see `dequantize_int4`."""
+    return F.linear(x, dequantize_int4(codes, scales, zeros))
+
+
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Write new keys (T, K, D) and values (T, K, Dv) into their `slots` (T,) of the caches (S, K, D) and (S, K, Dv)."""
     k_cache.index_copy_(0, slots, key)

@@ -31,7 +31,7 @@ from llmopt_cli.output import Output
 if TYPE_CHECKING:
     from llmopt_cli.bench.targets import Target
     from llmopt_cli.spec.recipe import Recipe
-    from llmopt_cli.spec.result import Result
+    from llmopt_cli.spec.result import Environment, Result
     from llmopt_cli.spec.workload import Workload
 
 WorkloadOpt = Annotated[str, typer.Option("--workload", "-w", help="A YAML file, or `chat`, `code`, `rag`, `decode`.")]
@@ -96,9 +96,6 @@ def bench(
     tokens, pooled. Goodput: requests per second that keep the workload's limits. The result is added to
     RESULTS/bench.jsonl.
     """
-    from llmopt_cli.bench.environment import fingerprint, spinning
-    from llmopt_cli.bench.run import Session
-    from llmopt_cli.bench.tables import show
     from llmopt_cli.spec.recipe import Recipe
 
     out = Output(as_json=as_json, quiet=quiet)
@@ -113,20 +110,17 @@ def bench(
     }
     loads = _loads(workload, concurrency, rate, burstiness, num_requests, seed)
     _check(flags | {"recipe": recipe}, against, loads, base_url, served_model)
-    environment = fingerprint()
-    if warning := spinning(environment):
-        out.warn(warning)
+    deployment = Recipe.resolve(recipe, model=model, **flags)
+    from llmopt_cli.bench.run import Session  # torch comes in here, once all is found right
+
+    environment = _look_around(out)
     if base_url is None:
-        deployment = Recipe.resolve(recipe, model=model, **flags)
         target, baseline = _open_engine(deployment, trust_remote_code, with_baseline=against is not None, out=out)
+        session = Session(target, loads, deployment, environment, _command_line(None), results, baseline)
     else:
-        deployment, baseline = None, None
         target = _open_server(base_url, served_model, api_key, model, trust_remote_code)
-    session = Session(target, loads, deployment, environment, _command_line(api_key), results, baseline)
-    found = session.run(out.progress)
-    out.result([asdict(result) for result in found], lambda: show(found))
-    out.note(f"added to {results / 'bench.jsonl'}")
-    _conclude(found)
+        session = Session(target, loads, None, environment, _command_line(api_key), results)
+    _tell(out, session.run(out.progress), results)
 
 
 def _loads(
@@ -184,6 +178,16 @@ def _check(
         raise UsageError(f"--{given[0].replace('_', '-')} is for an engine in this process", "leave --base-url out")
 
 
+def _look_around(out: Output) -> Environment:
+    """The machine as it is before we load it; warns if others do."""
+    from llmopt_cli.bench.environment import fingerprint, spinning
+
+    environment = fingerprint()
+    if warning := spinning(environment):
+        out.warn(warning)
+    return environment
+
+
 def _open_engine(deployment: Recipe, trust: bool, *, with_baseline: bool, out: Output) -> tuple[Target, Target | None]:
     from llmopt_cli.bench.targets import EngineTarget
     from llmopt_cli.runtime import Engine
@@ -217,16 +221,20 @@ def _open_server(url: str, served_model: str | None, api_key: str | None, model:
 
 def _command_line(secret: str | None) -> str:
     """What was typed, without the key."""
-    line = shlex.join(["llmopt", *sys.argv[1:]])
-    return line.replace(secret, "***") if secret else line
+    typed = ["llmopt", *sys.argv[1:]]
+    return shlex.join(part.replace(secret, "***") for part in typed) if secret else shlex.join(typed)
 
 
-def _conclude(results: Sequence[Result]) -> None:
-    """Exit 130 after Ctrl-C, 1 if more than one request in a hundred failed."""
-    for result in results:
-        failed, completed = result.metrics["failed"], result.metrics["completed"]
-        if failed > FAILURES_ALLOWED * (failed + completed):
-            reason = result.metrics["first_error"]
-            raise ServerError(f"{failed} of {failed + completed} requests failed; the first: {reason}")
-    if any(result.partial for result in results):
+def _tell(out: Output, results: Sequence[Result], folder: Path) -> None:
+    """Show the results, then exit 130 after Ctrl-C, or 1 if more than one request in a hundred failed."""
+    from llmopt_cli.bench.tables import show
+
+    out.result([asdict(result) for result in results], lambda: show(results))
+    if results:
+        out.note(f"added to {folder / 'bench.jsonl'}")
+    if not results or results[-1].partial:
         raise typer.Exit(130)
+    for result in results:
+        failed, sent = result.metrics["failed"], result.metrics["failed"] + result.metrics["completed"]
+        if failed > FAILURES_ALLOWED * sent:
+            raise ServerError(f"{failed} of {sent} requests failed; the first: {result.metrics['first_error']}")

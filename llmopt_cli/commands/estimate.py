@@ -10,6 +10,7 @@ import typer
 
 from llmopt_cli.options import JsonOpt, MaxModelLenOpt, RecipeOpt
 from llmopt_cli.output import Output, lines, table
+from llmopt_cli.spec.hardware import GB, GIB
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from llmopt_cli.estimate.plan import Fit, Plan, Question
     from llmopt_cli.estimate.rules import Comparison
     from llmopt_cli.spec.recipe import Recipe
-
-GB = 1e9
-GIB = 1024**3
 
 ModelOpt = Annotated[
     str | None,
@@ -40,7 +38,10 @@ OutputLenOpt = Annotated[int, typer.Option("--output-len", min=1, help="Generate
 SeqsOpt = Annotated[
     int | None, typer.Option("--max-num-seqs", min=1, help="Most requests in one batch; 256 as vLLM has it.")
 ]
-TpOpt = Annotated[int | None, typer.Option("--tp", min=1, help="GPUs to share the model; by default all are weighed.")]
+TpOpt = Annotated[
+    int | None,
+    typer.Option("--tp", "--tensor-parallel-size", min=1, help="GPUs to share the model; by default all are weighed."),
+]
 PriceOpt = Annotated[
     float | None, typer.Option("--gpu-price", min=0, help="USD an hour for one GPU, instead of the catalogue's.")
 ]
@@ -142,16 +143,16 @@ def _meaning(question: Question, wanted: Recipe) -> str:
     size = f"{spec.num_params / 1e9:,.3g} B parameters"
     if spec.experts:
         size += f", {spec.num_active_params / 1e9:,.3g} B of them for a token"
-    return lines(
-        [
-            (wanted.model, f"= {spec.name}: {size}, {spec.num_layers} layers, {spec.num_heads} heads, "
-            f"{spec.num_kv_heads} KV heads, context {spec.max_context:,}"),
-            (str(wanted.gpu), f"= {gpu.name}: {gpu.memory_gib:g} GiB usable of {gpu.memory_gb:g} GB, "
-            f"{gpu.bandwidth_gb_s:,.0f} GB/s, {gpu.bf16_tflops:g} TFLOPS in 16 bits"),
-            (scheme.name, f"= {scheme.bits_per_weight:.4g} bits a weight: {scheme.note}"),
-            ("load", f"= {load.concurrency} requests at once, {load.input_len:,} tokens in, {load.output_len:,} out"),
-        ]
-    )  # fmt: skip
+    heads = f"{spec.num_heads} heads, {spec.num_kv_heads} KV heads"
+    memory = f"{gpu.memory_gib:g} GiB usable of {gpu.memory_gb:g} GB, {gpu.bandwidth_gb_s:,.0f} GB/s"
+    batch = f", {question.needed} in one batch" if question.needed < load.concurrency else ""
+    meanings = [
+        (wanted.model, f"{spec.name}: {size}, {spec.num_layers} layers, {heads}, context {spec.max_context:,}"),
+        (str(wanted.gpu), f"{gpu.name}: {memory}, {gpu.bf16_tflops:g} TFLOPS in 16 bits"),
+        (scheme.name, f"{scheme.bits_per_weight:.4g} bits a weight: {scheme.note}"),
+        ("load", f"{load.concurrency} requests at once{batch}, {load.input_len:,} tokens in, {load.output_len:,} out"),
+    ]
+    return lines([(name, f"= {meaning}") for name, meaning in meanings])
 
 
 def _comparison_table(comparisons: list[Comparison], gpus: int) -> RenderableType:
@@ -174,7 +175,13 @@ def _gpus(count: int) -> str:
 def _memory_table(plan: Plan) -> RenderableType:
     columns = ("GPUs", "weights", "activations", "non-torch", "KV cache", "KV tokens", "requests", "verdict")
     rows = [
-        (str(fit.gpus), *(f"{part / GIB:.2f}" for part in _parts(fit)), f"{fit.kv_tokens:,}", f"{fit.max_requests:,}", fit.reason)
+        (
+            str(fit.gpus),
+            *(f"{part / GIB:.2f}" for part in _parts(fit)),
+            f"{fit.kv_tokens:,}",
+            f"{fit.max_requests:,}",
+            fit.reason,
+        )
         for fit in plan.fits
     ]
     usable = plan.fits[0].budget.usable / GIB

@@ -29,9 +29,9 @@ SMALLER = ("int8", "awq")  # the precisions to offer where fewer GPUs would do
 class Load:
     """How many requests at once, and the tokens of each."""
 
-    concurrency: int = 32
-    input_len: int = 1024
-    output_len: int = 256
+    concurrency: int
+    input_len: int
+    output_len: int
 
     @property
     def length(self) -> int:
@@ -178,16 +178,23 @@ def answer(question: Question) -> Plan:
 
 
 def _gpu_counts(spec: ModelSpec, count: int | None, tp: int | None) -> tuple[int, ...]:
-    """The counts to weigh: `tp` alone, or those up to `count` among which the attention heads can be shared out."""
+    """The counts to weigh: `tp` alone, or those up to `count`; only such as the heads can be shared out among."""
     if tp and count and tp > count:
         raise UsageError(f"--tp {tp} needs more than the {count} GPUs given")
-    wanted = (
-        (tp,) if tp else sorted({*(n for n in GPU_COUNTS if n <= (count or GPU_COUNTS[-1])), *filter(None, [count])})
-    )
-    possible = tuple(n for n in wanted if spec.num_heads % n == 0)
+    most = count or GPU_COUNTS[-1]
+    wanted = [tp] if tp else sorted({gpus for gpus in GPU_COUNTS if gpus < most} | {most})
+    possible = tuple(gpus for gpus in wanted if _shares(spec, gpus))
     if not possible:
-        raise UsageError(f"{spec.num_heads} attention heads of {spec.name} cannot be shared out among {tp} GPUs")
+        heads = f"{spec.num_heads} heads and {spec.num_kv_heads} KV heads"
+        raise UsageError(
+            f"{heads} of {spec.name} cannot be shared out among {tp} GPUs", "leave --tp out to see which can"
+        )
     return possible
+
+
+def _shares(spec: ModelSpec, gpus: int) -> bool:
+    """Each GPU gets as many heads, and as many KV heads or a copy of one."""
+    return spec.num_heads % gpus == 0 and (spec.num_kv_heads % gpus == 0 or gpus % spec.num_kv_heads == 0)
 
 
 def _price(hardware: Hardware, given: float | None) -> Price | None:
@@ -289,6 +296,9 @@ def _caveats(question: Question, fit: Fit) -> list[str]:
             "counted (int4 AWQ on H200: 0.75-0.83x of bf16)",
         ),
         (scheme.weight_bits > 16, "products of 32-bit weights are timed at the 16-bit rate"),
-        (hardware.name not in CHECKED, f"the error bands are those of H100, H200, B200 and GB200, not of {hardware.name}"),
+        (
+            hardware.name not in CHECKED,
+            f"the error bands are those of H100, H200, B200 and GB200, not of {hardware.name}",
+        ),
     )
     return [f"{spec.name}: {reason}" for reason in spec.unmodelled] + [text for applies, text in known if applies]

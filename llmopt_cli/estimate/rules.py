@@ -105,7 +105,7 @@ def _weights_formula(step: StepModel) -> str:
 
 
 def _exact_kv(spec: ModelSpec, gpus: int, length: int, batch: int) -> Figure:
-    value = gpus * batch * kv_sequence_bytes(spec, length, tp=gpus)
+    one_copy, value = batch * kv_sequence_bytes(spec, length), gpus * batch * kv_sequence_bytes(spec, length, tp=gpus)
     if spec.latent:
         cached = f"{spec.num_layers} layers x {kv_values_per_layer(spec)} latent values"
     else:
@@ -114,7 +114,7 @@ def _exact_kv(spec: ModelSpec, gpus: int, length: int, batch: int) -> Figure:
         cached += f" ({spec.num_sliding_layers} layers: the last {spec.sliding_window:,} tokens)"
     if spec.num_linear_layers:
         cached += f" ({spec.num_linear_layers} layers: none)"
-    copies = f" x {copies:.3g} copies" if (copies := value / (batch * kv_sequence_bytes(spec, length))) > 1 else ""
+    copies = f" x {value / one_copy:.3g} copies" if value > one_copy else ""
     return _one(f"{cached} x {length:,} tokens x {KV_BYTES:g} B x {batch} requests{copies}", value)
 
 

@@ -150,7 +150,7 @@ def _norm(block: nn.Module) -> FusedRMSNorm | None:
 def _facts(block: nn.Module) -> LayerFacts | None:
     """What the block tells the attention interface, from a run of its own forward; None if it does not run alone."""
     layer = PagedLayer(AttentionContext())
-    block.paged = layer
+    block.paged = layer  # type: ignore[assignment]
     try:
         hidden, others = _attention_example(block)
         block(hidden, **others)

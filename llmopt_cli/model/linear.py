@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmopt_kernels import dequantize_int4
-
-INT4_GROUPS = (32, 64, 128, 256)  # group sizes of torch's int4 product
+from llmopt_kernels import int4_linear
 
 
 class MergedLinear(nn.Module):
@@ -41,7 +39,7 @@ class MergedLinear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """Integer weights that stay packed in memory: dequantized per use, or multiplied as they are.
+    """Integer weights that stay packed in memory, unpacked where they are used.
 
     `codes` uint8 (out, in/2), two 4-bit codes a byte, even column low; `scales` (out, G); `zeros` uint8 (out, G). A
     weight is `(code - zero) * scale`.
@@ -55,7 +53,6 @@ class PackedLinear(nn.Module):
         self.scales = nn.Parameter(torch.empty(rows, groups, dtype=dtype), requires_grad=False)
         self.zeros = nn.Parameter(torch.empty(rows, groups, dtype=torch.uint8), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
-        self.register_buffer("steps", None, persistent=False)  # set by `prepare`: torch's int4 form is in use
 
     @classmethod
     def like(cls, name: str, linear: nn.Linear, group_size: int) -> Self:
@@ -80,27 +77,9 @@ class PackedLinear(nn.Module):
         tensors = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "bias": self.bias}
         return member_slots(self.members, tensors)
 
-    def prepare(self) -> None:
-        """After loading: take torch's int4 layout where it is faster than dequantizing, which is 16 bit on the CPU.
-
-        Its weight is `(code - 8) * scale + shift`; ours is that with `shift = (8 - zero) * scale`.
-        """
-        rows, on_cpu = self.codes.shape[0], self.codes.device.type == "cpu"
-        if not on_cpu or self.scales.dtype != torch.bfloat16 or self.group_size not in INT4_GROUPS or rows % 16:
-            return
-        values = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).view(rows, -1).to(torch.int32)
-        shift = (8 - self.zeros.float()) * self.scales.float()
-        self.steps = torch.stack((self.scales.T, shift.T.to(self.scales.dtype)), dim=-1).contiguous()  # (G, out, 2)
-        self.codes.data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
-
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        if self.steps is None:
-            weight = dequantize_int4(self.codes, self.scales, self.zeros)
-            return F.linear(x, weight, self.bias)
-        flat = x.reshape(-1, self.in_features)
-        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.codes, self.group_size, self.steps)
-        out = out.view(*x.shape[:-1], -1)
+        out = int4_linear(x, self.codes, self.scales, self.zeros)
         return out if self.bias is None else out + self.bias
 
 

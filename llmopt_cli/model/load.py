@@ -65,9 +65,6 @@ def load_model(
     _fill_computed_buffers(model)
     model.tie_weights()
     _fill(model, checkpoint, report)
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.prepare()
     context = attention.attach(model)
     model.eval()
     _probe(model, checkpoint)
@@ -153,9 +150,7 @@ def _fill_computed_buffers(model: Any) -> None:
     """Buffers that no checkpoint stores (rotary frequencies, embedding scales), by the model's own initialisation."""
     owners = {name.rpartition(".")[0] for name, _ in model.named_non_persistent_buffers()}
     for owner in owners:
-        module = model.get_submodule(owner)
-        if not isinstance(module, PackedLinear):
-            model._init_weights(module)
+        model._init_weights(model.get_submodule(owner))
 
 
 @torch.no_grad()

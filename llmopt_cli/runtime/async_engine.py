@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Self
 
 from llmopt_cli.errors import ServerError
@@ -72,7 +71,6 @@ class AsyncEngine:
     def stop(self) -> None:
         """Abort what runs and end the thread after its current step; open streams raise ServerError at once."""
         with self._wake:
-            self._commands += [partial(self.engine.abort, request_id) for request_id in self._mailboxes]
             self._stopping = True
             self._wake.notify()
         self._deliver([])
@@ -120,12 +118,11 @@ class AsyncEngine:
                     while not (self._commands or self._stopping or self.engine.has_work()):
                         self._wake.wait()
                     commands, self._commands = self._commands, []
-                    stopping = self._stopping
+                    if self._stopping:
+                        break
                 self._last_progress = time.monotonic()
                 for command in commands:
                     command()
-                if stopping:
-                    break
                 outputs = self.engine.step()
                 self._last_progress = time.monotonic()
                 self._hand_over(outputs)
@@ -145,6 +142,6 @@ class AsyncEngine:
         for output in outputs:
             if output.request_id in self._mailboxes:
                 self._mailboxes[output.request_id].put(output)
-        if self._ended:
+        if self._ended or self._stopping:
             for mailbox in self._mailboxes.values():
                 mailbox.arrived.set()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from llmopt_kernels import PagedBatch, Span, cpu, dequantize_int4, paged_attention, reference, store_kv
+from llmopt_kernels import PagedBatch, Span, cpu, paged_attention, reference, store_kv
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 compiled = pytest.mark.skipif(cpu.library() is None, reason="the CPU ops are not compiled here")
@@ -65,7 +65,26 @@ def test_compiled_silu_mul_equals_reference(width: int, dtype: torch.dtype) -> N
 def test_dequantize_int4_is_its_formula() -> None:
     codes = torch.tensor([[0x21, 0x43, 0xF0, 0x08]], dtype=torch.uint8)  # columns 1 2 3 4 | 0 15 8 0
     scales, zeros = torch.tensor([[0.5, 2.0]]), torch.tensor([[1, 8]], dtype=torch.uint8)
-    assert dequantize_int4(codes, scales, zeros).tolist() == [[0.0, 0.5, 1.0, 1.5, -16.0, 14.0, 0.0, -16.0]]
+    assert reference.dequantize_int4(codes, scales, zeros).tolist() == [[0.0, 0.5, 1.0, 1.5, -16.0, 14.0, 0.0, -16.0]]
+
+
+@compiled
+@dtypes
+@pytest.mark.parametrize("count", [1, 3, 6, 7, 20])
+@pytest.mark.parametrize(("rows", "groups", "group_size"), [(3, 1, 2), (24, 3, 32), (40, 2, 128), (9, 3, 256)])
+def test_compiled_int4_linear_equals_reference(
+    rows: int, groups: int, group_size: int, count: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(2)
+    codes = torch.randint(0, 256, (rows, groups * group_size // 2), dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (rows, groups), dtype=torch.uint8)
+    scales = (torch.rand(rows, groups) * 0.1).to(dtype)
+    x = torch.randn(2, count, groups * group_size).to(dtype)
+    exact = torch.nn.functional.linear(x.double(), reference.dequantize_int4(codes, scales.double(), zeros))
+    for one, expected in ((x, exact), (x[:1], exact[:1])):
+        found = cpu.int4_linear(one, codes, scales, zeros)
+        scale = expected.abs().max()
+        assert close((found / scale).to(dtype), (expected / scale).to(dtype))
 
 
 def naive_attention(

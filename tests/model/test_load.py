@@ -58,7 +58,11 @@ def test_logits_equal_transformers(
         ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16}, "soft-capped"),
         ("GptOss", {"head_dim": 16, "num_local_experts": 4}, "sinks"),
         ("Falcon", {}, "attention interface"),
-        ("Qwen3Next", {"head_dim": 16, "num_hidden_layers": 4, "num_experts": 4}, "1 of its 4 layers"),
+        (
+            "Qwen3Next",
+            {"head_dim": 16, "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2},
+            "1 of its 4 layers",
+        ),
     ],
 )
 def test_semantics_the_runtime_lacks_are_refused(

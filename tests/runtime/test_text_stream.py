@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmopt_cli.runtime.tokenizer import TextStream, Tokenizer
@@ -26,7 +26,6 @@ def stream(ids: list[int], stop: tuple[str, ...] = (), prompt: str = "It was ") 
 
 
 @given(st.text(max_size=30))
-@settings(deadline=None)
 def test_streamed_text_is_the_decoded_text(text: str) -> None:
     ids = TOKENIZER.encode(text)
     seen, final = stream(ids)
@@ -35,7 +34,6 @@ def test_streamed_text_is_the_decoded_text(text: str) -> None:
 
 
 @given(st.lists(st.integers(7, 4095), max_size=30))
-@settings(deadline=None)
 def test_any_tokens_decode_like_the_whole(ids: list[int]) -> None:
     assert stream(ids)[1] == TOKENIZER.decode(ids)
 
@@ -50,7 +48,6 @@ def test_multi_byte_characters_are_shown_whole(text: str) -> None:
 @given(
     st.text("ab ", min_size=1, max_size=20), st.lists(st.text("ab ", min_size=1, max_size=4), min_size=1, max_size=3)
 )
-@settings(deadline=None)
 def test_stop_strings_never_show(text: str, stop: list[str]) -> None:
     seen, final = stream(TOKENIZER.encode(text), tuple(stop))
     ends = [text.find(string) + len(string) for string in stop if string in text]

@@ -11,12 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from llmopt_kernels import reference
 from llmopt_kernels.paging import Rows
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+SIGNATURES = {  # of ops.cpp: pointers, sizes, floats
+    "rms_norm": "pppiif",
+    "rotary": "pppiiii",
+    "silu_mul": "ppii",
+    "store_rows": "pppiii",
+    "int4_linear": "pppppiiii",
+    "int4_unpack": "ppppiii",
+    "paged_attention": "pppppppipf",
+}
 LONGEST_QUERY = 4  # more query tokens a request: matrix products over gathered pages are faster
+MOST_ROWS = 5  # more rows of x: unpacking the weights for a matrix product is faster
+CHUNK = 128  # columns whose codes ops.cpp takes at a time; groups must be whole chunks
+TILE = 2**20  # weights unpacked at a time: a copy of a whole layer would fall out of the cache, and cost page faults
 
 
 def fits(x: Tensor) -> bool:
@@ -41,15 +56,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
-    _call("rms_norm", x, x, weight, out, x.numel() // width, width, ctypes.c_float(eps))
+    op = _op("rms_norm", x.dtype)
+    op(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
     return out
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `reference.rotary`; works in place, so the heads of `x` may be a slice of a merged product."""
-    x = _dense_rows(x)
+    x, cos, sin = _dense_rows(x), cos.contiguous(), sin.contiguous()
     tokens, heads, dim = x.shape
-    _call("rotary", x, x, cos.contiguous(), sin.contiguous(), tokens, heads, dim, x.stride(0))
+    _op("rotary", x.dtype)(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, heads, dim, x.stride(0))
     return x
 
 
@@ -58,16 +74,17 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
-    _call("silu_mul", gate_up, gate_up, out, out.numel() // width, width)
+    _op("silu_mul", out.dtype)(gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width)
     return out
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """See `reference.store_kv`."""
-    for new, cache_ in ((key, k_cache), (value, v_cache)):
+    op = _op("store_rows", key.dtype)
+    for new, store in ((key, k_cache), (value, v_cache)):
         rows = _dense_rows(new)
-        width = cache_.shape[1] * cache_.shape[2]
-        _call("store_rows", rows, rows, cache_, slots, rows.shape[0], width, rows.stride(0))
+        width = store.shape[1] * store.shape[2]
+        op(rows.data_ptr(), store.data_ptr(), slots.data_ptr(), rows.shape[0], width, rows.stride(0))
 
 
 def attend_rows(
@@ -81,10 +98,41 @@ def attend_rows(
     shape = (count, heads, kv_heads, dim, value_dim, group.block_size, group.tables.shape[1], query.stride(0))
     sizes = (ctypes.c_int64 * 9)(*shape, window or 0)
     starts = group.rows[:, 0].contiguous()
-    _call(
-        "paged_attention", query, query, k_cache, v_cache, out, starts, group.tables, group.lengths, requests, sizes,
-        ctypes.c_float(scale),
-    )  # fmt: skip
+    tensors = (query, k_cache, v_cache, out, starts, group.tables, group.lengths)
+    _op("paged_attention", query.dtype)(*(tensor.data_ptr() for tensor in tensors), requests, sizes, scale)
+
+
+def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """See `reference.int4_linear`; few rows of x read the packed weights, more of them a tile unpacked at a time."""
+    rows, groups = scales.shape
+    width = x.shape[-1]
+    if width // groups % CHUNK:
+        return reference.int4_linear(x, codes, scales, zeros)
+    count = x.numel() // width
+    if count > MOST_ROWS:
+        ordered = _in_code_order(x)
+        tiles = zip(*(tensor.split(max(TILE // width, 1)) for tensor in (codes, scales, zeros)), strict=True)
+        parts = [F.linear(ordered, _unpack(*tile)) for tile in tiles]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], rows)
+    tensors = (x, codes, scales, zeros, out)
+    _op("int4_linear", x.dtype)(*(tensor.data_ptr() for tensor in tensors), count, rows, width, groups)
+    return out
+
+
+def _in_code_order(x: Tensor) -> Tensor:
+    """x (..., K) with the columns of every chunk in the order in which `_unpack` writes weights: nibble by nibble."""
+    return x.view(*x.shape[:-1], -1, CHUNK // 8, 8).transpose(-1, -2).reshape(x.shape)
+
+
+def _unpack(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The weights (N, K) that the codes mean, columns as `_in_code_order` has them."""
+    rows, groups = scales.shape
+    out = scales.new_empty(rows, 2 * codes.shape[1])
+    tensors = (codes, scales, zeros, out)
+    _op("int4_unpack", out.dtype)(*(tensor.data_ptr() for tensor in tensors), rows, out.shape[1], groups)
+    return out
 
 
 def takes(group: Rows) -> bool:
@@ -97,16 +145,13 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _call(op: str, like: Tensor, *arguments: Any) -> None:
-    """Call the op for the dtype of `like`; tensors go as pointers, integers as int64."""
-    function = getattr(library(), f"llmopt_{op}_{SUFFIX[like.dtype]}")
-    function(*(_argument(argument) for argument in arguments))
-
-
-def _argument(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_int64(value) if isinstance(value, int) else value
+@cache
+def _op(name: str, dtype: torch.dtype) -> Any:
+    """The compiled op for a dtype, with its argument types declared."""
+    op = getattr(library(), f"llmopt_{name}_{SUFFIX[dtype]}")
+    op.argtypes = [KINDS[kind] for kind in SIGNATURES[name]]
+    op.restype = None
+    return op
 
 
 def _load(file: Path) -> ctypes.CDLL | None:

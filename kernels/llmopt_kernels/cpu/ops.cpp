@@ -54,11 +54,51 @@ inline float exp_fast(float x) {
     return p * scale;
 }
 
+// Sixteen at a time, in the vector extensions of GCC and Clang: loops with several sums do not stay in registers.
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+inline f32x16 load16(const float* at) {
+    f32x16 value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
+inline f32x16 load16(const bf16* at) {
+    u16x16 bits;
+    std::memcpy(&bits, at, sizeof bits);
+    const i32x16 wide = __builtin_convertvector(bits, i32x16) << 16;
+    f32x16 value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+inline void store16(float* at, f32x16 x) { std::memcpy(at, &x, sizeof x); }
+inline void store16(bf16* at, f32x16 x) {
+    i32x16 wide;
+    std::memcpy(&wide, &x, sizeof wide);
+    const u16x16 bits = __builtin_convertvector((wide + 0x7fff + (wide >> 16 & 1)) >> 16, u16x16);
+    std::memcpy(at, &bits, sizeof bits);
+}
+inline f32x16 floats(i32x16 x) { return __builtin_convertvector(x, f32x16); }
+inline float total(f32x16 x) {
+    float sum = 0;
+    for (int i = 0; i < 16; ++i) sum += x[i];
+    return sum;
+}
+
 template <typename T>
 float dot(const float* a, const T* b, int64_t n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += a[i] * load(b[i]);
+    f32x16 s0{}, s1{}, s2{}, s3{};  // four sums: a single one would wait for its own last addition
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        s0 += load16(a + i) * load16(b + i);
+        s1 += load16(a + i + 16) * load16(b + i + 16);
+        s2 += load16(a + i + 32) * load16(b + i + 32);
+        s3 += load16(a + i + 48) * load16(b + i + 48);
+    }
+    for (; i + 16 <= n; i += 16) s0 += load16(a + i) * load16(b + i);
+    float sum = total((s0 + s1) + (s2 + s3));
+    for (; i < n; ++i) sum += a[i] * load(b[i]);
     return sum;
 }
 
@@ -115,6 +155,70 @@ void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t n) {
 template <typename T>
 void store_rows(const T* from, T* cache, const int64_t* slots, int64_t tokens, int64_t width, int64_t stride) {
     for (int64_t t = 0; t < tokens; ++t) std::memcpy(cache + slots[t] * width, from + t * stride, width * sizeof(T));
+}
+
+constexpr int64_t CHUNK = 128;  // columns whose codes fill one vector of sixteen 32-bit words
+
+// One output of a packed row: per group, scale * (sum of code * x - zero * sum of x). Nibble p of word w is column
+// 8w + p; `split` holds each chunk of x in that order, all first nibbles' columns, then all second ones'.
+template <typename T>
+float int4_dot(const uint8_t* codes, const T* scales, const uint8_t* zeros, const float* split, const float* sums,
+               int64_t groups, int64_t chunks) {
+    f32x16 sum{};
+    float rest = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+        f32x16 one{}, two{};
+        for (int64_t c = 0; c < chunks; ++c, codes += CHUNK / 2, split += CHUNK) {
+            i32x16 words;
+            std::memcpy(&words, codes, sizeof words);
+            for (int p = 0; p < 8; p += 2) {
+                one += floats(words >> (4 * p) & 15) * load16(split + 16 * p);
+                two += floats(words >> (4 * p + 4) & 15) * load16(split + 16 * p + 16);
+            }
+        }
+        const float scale = load(scales[g]);
+        sum += scale * (one + two);
+        rest += scale * static_cast<float>(zeros[g]) * sums[g];
+    }
+    return total(sum) - rest;
+}
+
+// Few rows of x (m, k) times packed weights (n, k), which are read as they lie; groups are whole chunks.
+template <typename T>
+void int4_linear(const T* x, const uint8_t* codes, const T* scales, const uint8_t* zeros, T* out, int64_t m, int64_t n,
+                 int64_t k, int64_t groups) {
+    const int64_t size = k / groups;
+    std::vector<float> split(m * k), sums(m * groups);
+    for (int64_t row = 0; row < m; ++row)
+        for (int64_t column = 0; column < k; ++column) {
+            const float value = load(x[row * k + column]);
+            const int64_t chunk = column / CHUNK, word = column % CHUNK / 8, nibble = column % 8;
+            split[row * k + chunk * CHUNK + nibble * 16 + word] = value;
+            sums[row * groups + column / size] += value;
+        }
+    const float *inputs = split.data(), *totals = sums.data();
+#pragma omp parallel for schedule(static) if (n * k > 32768)
+    for (int64_t row = 0; row < n; ++row)
+        for (int64_t i = 0; i < m; ++i)
+            store(out + i * n + row, int4_dot(codes + row * k / 2, scales + row * groups, zeros + row * groups,
+                                              inputs + i * k, totals + i * groups, groups, size / CHUNK));
+}
+
+// Weights (code - zero) * scale, columns in the order of int4_dot's `split`, for a product with x in the same order.
+template <typename T>
+void int4_unpack(const uint8_t* codes, const T* scales, const uint8_t* zeros, T* out, int64_t n, int64_t k,
+                 int64_t groups) {
+    const int64_t chunks = k / CHUNK, per_group = chunks / groups;
+#pragma omp parallel for schedule(static) if (n * k > 32768)
+    for (int64_t row = 0; row < n; ++row)
+        for (int64_t c = 0; c < chunks; ++c) {
+            const int64_t at = row * groups + c / per_group;
+            const float scale = load(scales[at]);
+            const int32_t zero = zeros[at];
+            i32x16 words;
+            std::memcpy(&words, codes + (row * chunks + c) * (CHUNK / 2), sizeof words);
+            for (int p = 0; p < 8; ++p) store16(out + (row * chunks + c) * CHUNK + 16 * p, scale * floats((words >> (4 * p) & 15) - zero));
+        }
 }
 
 struct Shape {
@@ -196,6 +300,14 @@ void paged_attention(const T* query, const T* k, const T* v, T* out, const int64
     void llmopt_store_rows_##suffix(const T* x, T* cache, const int64_t* slots, int64_t tokens, int64_t width,         \
                                     int64_t by) {                                                                      \
         store_rows(x, cache, slots, tokens, width, by);                                                                \
+    }                                                                                                                  \
+    void llmopt_int4_linear_##suffix(const T* x, const uint8_t* codes, const T* scales, const uint8_t* zeros, T* out,   \
+                                     int64_t m, int64_t n, int64_t k, int64_t groups) {                                \
+        int4_linear(x, codes, scales, zeros, out, m, n, k, groups);                                                    \
+    }                                                                                                                  \
+    void llmopt_int4_unpack_##suffix(const uint8_t* codes, const T* scales, const uint8_t* zeros, T* out, int64_t n,    \
+                                     int64_t k, int64_t groups) {                                                      \
+        int4_unpack(codes, scales, zeros, out, n, k, groups);                                                          \
     }                                                                                                                  \
     void llmopt_paged_attention_##suffix(const T* q, const T* k, const T* v, T* out, const int64_t* rows,              \
                                          const int64_t* tables, const int64_t* lengths, int64_t requests,              \

@@ -1,0 +1,30 @@
+# `make demo` and `make test` do all their own set-up: a virtual environment in .venv, made once.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check bench help
+
+demo: $(INSTALLED)  ## size, quantize, benchmark and serve the embedded model; ends with one table
+	@$(BIN)/llmopt demo
+
+test: check  ## lint, types, tests
+	$(BIN)/pytest -q
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## append this machine's lines to results/
+	$(BIN)/llmopt bench demo --workload decode --concurrency 1,8,32 --against transformers --results results
+	$(BIN)/python -m llmopt_cli.bench.startup --results results
+	$(BIN)/python -m llmopt_cli.bench.report results
+
+help:
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /: /'
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt kernels/llmopt_kernels/cpu/ops.cpp
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,77 @@
+"""The fingerprint of this machine and its software. Imports torch, to ask it for its threads and its GPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from llmopt_cli import __version__
+from llmopt_cli.spec.result import Environment
+from llmopt_cli.spec.yaml_file import PACKAGE
+
+PACKAGES = ("torch", "transformers", "numpy")
+
+
+def fingerprint() -> Environment:
+    """What the figures of a run depend on besides the run itself, as it is now."""
+    import torch
+
+    return Environment(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        platform=platform.platform(),
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        load_average=round(os.getloadavg()[0], 2),
+        versions={"llmopt": __version__, "python": platform.python_version()} | _versions(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        commit=_commit(PACKAGE.parent),
+    )
+
+
+def spinning(environment: Environment) -> str | None:
+    """A warning if other load will keep some of our threads off the cores, else None.
+
+    OpenMP threads wait for each other by spinning: one that has no core makes all others burn theirs.
+    """
+    if environment.threads + environment.load_average < environment.cores + 0.8:
+        return None
+    remedy = " or set OMP_NUM_THREADS=1" if environment.threads > 1 else ""
+    return (
+        f"the machine is busy: load average {environment.load_average} on {environment.cores} cores, to which we add "
+        f"{environment.threads} torch threads. Those that get no core keep the others spinning, and the figures come "
+        f"out too low: wait until it is quiet{remedy}"
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit(root: Path) -> str | None:
+    """The commit of a checkout, `-dirty` if files were changed; None for an installed package."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

@@ -1,0 +1,163 @@
+"""A server that speaks OpenAI's completions API as a target: connections, the event stream, whose tokens came when.
+
+Knows HTTP and server-sent events; what the times mean is the business of `metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import httpx
+
+from llmopt_cli.bench.metrics import Chunk, Reply
+from llmopt_cli.bench.prompts import Ask
+from llmopt_cli.errors import ServerError
+
+
+class HttpTarget:
+    """A server at `base_url` (with or without `/v1`), asked over one connection per request under way.
+
+    `served_model=None` takes the first one the server lists. Without `encode` prompts are sent as text.
+    """
+
+    remembers = True
+
+    def __init__(
+        self,
+        base_url: str,
+        served_model: str | None = None,
+        api_key: str | None = None,
+        encode: Callable[[str], list[int]] | None = None,
+    ) -> None:
+        self.name = base_url.rstrip("/").removesuffix("/v1")
+        self.context: int | None = None
+        self.encode = encode
+        self.model = served_model or ""
+        self._client = httpx.AsyncClient(
+            base_url=f"{self.name}/v1/",
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(600, connect=10),
+            limits=httpx.Limits(max_connections=None),
+        )
+
+    async def __aenter__(self) -> Self:
+        try:
+            models = await self._models()
+        except ServerError:
+            await self._client.aclose()
+            raise
+        self.model = self.model or next(iter(models), "")
+        self.context = models.get(self.model, {}).get("max_model_len")  # vLLM's addition to OpenAI's list
+        return self
+
+    async def _models(self) -> dict[str, dict[str, Any]]:
+        try:
+            answer = await self._client.get("models")
+            if answer.status_code != 200:
+                raise _refusal(answer)
+            return {model["id"]: model for model in answer.json()["data"]}
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            reason = f"no server answers at {self.name}: {error or type(error).__name__}"
+            raise ServerError(reason, "start one with `llmopt serve`, or check --base-url") from None
+        except (ValueError, KeyError, TypeError):
+            raise ServerError(f"{self.name} does not speak OpenAI's API: it lists no models") from None
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
+    async def send(self, ask: Ask) -> Reply:
+        """Stream one completion; raises ServerError with the server's own words."""
+        tally = Tally()
+        try:
+            async with self._client.stream("POST", "completions", json=self._body(ask)) as answer:
+                if answer.status_code != 200:
+                    await answer.aread()
+                    raise _refusal(answer)
+                async for text in answer.aiter_text():
+                    tally.add(time.perf_counter(), text)
+        except (httpx.HTTPError, json.JSONDecodeError) as error:
+            raise ServerError(f"the answer of {self.name} broke off: {error or type(error).__name__}") from None
+        return tally.reply()
+
+    def _body(self, ask: Ask) -> dict[str, Any]:
+        params = ask.params
+        optional = {"seed": params.seed, "ignore_eos": params.ignore_eos or None}  # not every server knows ignore_eos
+        return {
+            "model": self.model,
+            "prompt": ask.prompt,
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        } | {name: value for name, value in optional.items() if value is not None}
+
+
+class Read(NamedTuple):
+    """What one read from the socket brought; `told` is the count of tokens so far, if the server says it as it goes."""
+
+    at: float
+    events: int
+    told: int | None
+
+
+class Tally:
+    """Counts the tokens of a server-sent event stream, read by read.
+
+    Events that come in one read came at one time, so they make one chunk. How many tokens it holds is told by the
+    usage in the events; else the total at the end is shared out; else each event with text counts for a token.
+    """
+
+    def __init__(self) -> None:
+        self._rest = ""
+        self._usage: dict[str, Any] = {}
+        self._reads: list[Read] = []
+
+    def add(self, at: float, text: str) -> None:
+        """Take what was read at time `at`; it may end amid a line."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        data = [line.removeprefix("data:").strip() for line in lines if line.startswith("data:")]
+        events = [json.loads(item) for item in data if item != "[DONE]"]
+        for event in events:
+            if "error" in event:
+                raise ServerError(f"the server gave up: {event['error'].get('message', event['error'])}")
+            self._usage = event.get("usage") or self._usage
+        answers = [event for event in events if event.get("choices")]
+        if answers:
+            told = (answers[-1].get("usage") or {}).get("completion_tokens")
+            self._reads.append(Read(at, sum(bool(event["choices"][0].get("text")) for event in answers), told))
+
+    def reply(self) -> Reply:
+        """The chunks with their tokens; raises ServerError if there are none."""
+        with_text = sum(read.events for read in self._reads)
+        total = self._usage.get("completion_tokens", with_text)
+        if not self._reads or not total:
+            raise ServerError("the server answered without a single token")
+        counts = [read.told for read in self._reads if read.told is not None]
+        exact = len(counts) == len(self._reads)
+        if not exact:
+            shares = accumulate(read.events for read in self._reads[:-1])
+            counts = [round(total * share / max(with_text, 1)) for share in shares] + [total]
+        pairs = zip(self._reads, pairwise([0, *counts]), strict=True)
+        details = self._usage.get("prompt_tokens_details") or {}
+        return Reply(
+            chunks=tuple(Chunk(read.at, after - before) for read, (before, after) in pairs if after > before),
+            prompt_tokens=self._usage.get("prompt_tokens", 0),
+            cached_tokens=details.get("cached_tokens") or 0,
+            interpolated=not exact and total != len(self._reads),
+        )
+
+
+def _refusal(answer: httpx.Response) -> ServerError:
+    """The server's own words, if its error is in OpenAI's shape."""
+    try:
+        words = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        words = answer.text[:200] or answer.reason_phrase
+    return ServerError(f"{answer.url.host} answered {answer.status_code}: {words}")

@@ -1,0 +1,82 @@
+"""The index of a results folder: `python -m llmopt_cli.bench.report results/` writes its README.md from the lines.
+
+One row per line of every *.jsonl file, newest last. The lines are the record; the index can be made again at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmopt_cli.spec.result import Environment, Result, read_results
+
+HEAD = """# Results
+
+Every measurement is a line of JSON in this folder: what ran, on which machine, with which versions, and all figures.
+Lines are only added: `llmopt bench` and the other verbs add them, to `./results` unless `--results` says otherwise.
+This index is generated from them by `python -m llmopt_cli.bench.report results/`. A figure holds for its machine only.
+"""
+COLUMNS = ("date", "machine", "what", "figures", "command")
+FIGURES = (  # (metric, how the index shows it), in this order
+    ("output_throughput", "{output_throughput:,.0f} output tok/s"),
+    ("request_throughput", "{request_throughput:,.2f} requests/s"),
+    ("median_ttft_ms", "TTFT p50 {median_ttft_ms:,.0f} ms, p99 {p99_ttft_ms:,.0f} ms"),
+    ("median_tpot_ms", "TPOT p50 {median_tpot_ms:,.1f} ms"),
+    ("slo_attainment", "{slo_attainment:.0%} within the SLO"),
+    ("against", "{against[ratio]:.2f} times the tok/s of {against[target]}"),
+    ("help_s", "`--help` {help_s:.2f} s"),
+    ("estimate_s", "`estimate` {estimate_s:.2f} s"),
+)
+
+
+def index(folder: Path) -> str:
+    """The text of the index of `folder`; raises ConfigFileError if a line is no result."""
+    parts = [HEAD]
+    for path in sorted(folder.glob("*.jsonl")):
+        rows = [_row(result) for result in read_results(path)]
+        parts.append("\n".join([f"## {path.stem}\n", _line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_line, rows)]))
+    if len(parts) == 1:
+        parts.append("Nothing has been measured yet.")
+    return "\n".join(f"{part.strip()}\n" for part in parts)
+
+
+def _row(result: Result) -> list[str]:
+    metrics = result.metrics
+    figures = [form.format_map(metrics) for name, form in FIGURES if metrics.get(name) is not None]
+    return [
+        result.environment.date[:10],
+        _machine(result.environment),
+        _what(result),
+        ", ".join(figures) + (" (interrupted)" if result.partial else ""),
+        f"`{result.command}`",
+    ]
+
+
+def _machine(environment: Environment) -> str:
+    """What computed: the GPU, else the CPU and how much of it."""
+    return environment.gpu or f"{environment.cpu}, {environment.cores} cores, {environment.threads} threads"
+
+
+def _what(result: Result) -> str:
+    """What ran: the model, where, under which load, as far as the verb has them."""
+    model = result.recipe.get("model")
+    parts = [f"{model} on {result.target}" if model else result.target, result.workload.get("name")]
+    return ", ".join(part for part in [*parts, result.metrics.get("load")] if part)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The folder of the *.jsonl files.")],
+) -> None:
+    """Write README.md into a results folder."""
+    (folder / "README.md").write_text(index(folder), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(report)

@@ -1,0 +1,121 @@
+"""Bench results as people read them on a terminal. Knows the names in `metrics`, measures nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmopt_cli.output import lines, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from llmopt_cli.spec.result import Result
+
+LATENCIES = {"TTFT": "ttft_ms", "TPOT": "tpot_ms", "ITL": "itl_ms", "E2E": "e2el_ms"}
+PARTS = {"mean": "mean", "p50": "median", "p90": "p90", "p99": "p99"}
+COLUMNS: dict[str, tuple[str, str]] = {  # heading -> (metric, format), one row per load
+    "requests/s": ("request_throughput", ",.2f"),
+    "output tok/s": ("output_throughput", ",.1f"),
+    "all tok/s": ("total_token_throughput", ",.1f"),
+    "TTFT p50 ms": ("median_ttft_ms", ",.1f"),
+    "TTFT p99 ms": ("p99_ttft_ms", ",.1f"),
+    "TPOT p50 ms": ("median_tpot_ms", ",.2f"),
+    "ITL p99 ms": ("p99_itl_ms", ",.2f"),
+    "goodput/s": ("request_goodput", ",.2f"),
+}
+
+
+def show(results: Sequence[Result]) -> list[RenderableType]:
+    """Each result in full; several loads also side by side."""
+    parts: list[RenderableType] = []
+    for result in results:
+        parts += [_headline(result), _latencies(result.metrics), _remarks(result)]
+    if len(results) > 1:
+        rows = [
+            [result.metrics["load"], *(_cell(result.metrics, *spec) for spec in COLUMNS.values())] for result in results
+        ]
+        parts.append(table("side by side", ["load", *COLUMNS], rows))
+    return parts
+
+
+def _headline(result: Result) -> str:
+    metrics = result.metrics
+    where = f"{result.workload['name']} on {result.target} ({result.recipe['model']}), {metrics['load']}"
+    done = f"{metrics['completed']} requests in {metrics['duration']:.1f} s"
+    return f"{where}: {done}{' before it was interrupted' if result.partial else ''}"
+
+
+def _latencies(metrics: Mapping[str, Any]) -> RenderableType:
+    rows = [
+        [name, *(_cell(metrics, f"{part}_{metric}", ",.2f") for part in PARTS.values())]
+        for name, metric in LATENCIES.items()
+    ]
+    return table("", ["ms", *PARTS], rows)
+
+
+def _remarks(result: Result) -> str:
+    metrics, workload = result.metrics, result.workload
+    pairs = [
+        ("workload", f"{workload['description'] or workload['name']}; {_tokens(metrics)}"),
+        ("throughput", _throughput(metrics)),
+        ("goodput", f"{metrics['request_goodput']:.2f} requests/s keep {_limits(workload['slo'])} ({_share(metrics)})"),
+    ]
+    if against := metrics.get("against"):
+        pairs.append(("against", _against(against)))
+    return lines([*pairs, ("run quality", _quality(metrics))]) + "\n"
+
+
+def _throughput(metrics: Mapping[str, Any]) -> str:
+    return (
+        f"{metrics['request_throughput']:,.2f} requests/s, {metrics['output_throughput']:,.1f} output tokens/s, "
+        f"{metrics['total_token_throughput']:,.1f} tokens/s with the prompts"
+    )
+
+
+def _tokens(metrics: Mapping[str, Any]) -> str:
+    parts = [
+        f"{metrics[f'total_{side}_tokens']:,} of {metrics[f'requested_{side}_tokens']:,} tokens {way}"
+        for side, way in (("input", "in"), ("output", "out"))
+    ]
+    clipped = metrics["clipped_requests"]
+    return ", ".join(parts) + (f"; {clipped} requests clipped to the context" if clipped else "")
+
+
+def _limits(slo: Mapping[str, float | None]) -> str:
+    names = {"ttft_ms": "TTFT", "tpot_ms": "TPOT"}
+    kept = [f"{names[key]} <= {limit:g} ms" for key, limit in slo.items() if limit is not None]
+    return " and ".join(kept) or "the SLO (there is none)"
+
+
+def _share(metrics: Mapping[str, Any]) -> str:
+    share = metrics["slo_attainment"]
+    return "nothing was sent" if share is None else f"{100 * share:.0f} % of all"
+
+
+def _against(against: Mapping[str, Any]) -> str:
+    return (
+        f"{against['ratio']:.2f} times the output tokens/s of {against['target']} ({against['ratio_min']:.2f} to "
+        f"{against['ratio_max']:.2f} in {against['pairs']} pairs), which made {against['output_throughput']:,.1f}/s, "
+        f"one request at a time, TPOT p50 {_cell(against, 'median_tpot_ms', '.2f')} ms"
+    )
+
+
+def _quality(metrics: Mapping[str, Any]) -> str:
+    sent = metrics["completed"] + metrics["failed"]
+    cached = metrics["cached_input_share"]
+    parts = [
+        f"{metrics['failed']} of {sent} failed",
+        f"sent {_cell(metrics, 'p99_send_lag_ms', '.1f')} ms late (p99)",
+        f"at most {metrics['max_concurrent_requests']} at once",
+        f"{_cell(metrics, 'tokens_per_chunk', '.2f')} tokens a chunk",
+        f"{100 * (cached or 0):.0f} % of the prompts from a cache",
+    ]
+    if metrics["itl_is_interpolated"]:
+        parts.append("ITL interpolated: the target does not say how many tokens a chunk holds")
+    return ", ".join(parts)
+
+
+def _cell(metrics: Mapping[str, Any], name: str, form: str) -> str:
+    value = metrics[name]
+    return "-" if value is None else format(value, form)

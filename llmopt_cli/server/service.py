@@ -1,0 +1,121 @@
+"""The engine as every HTTP face sees it: who is let in, what is measured, whether it still makes progress.
+
+Knows the async engine and the metrics; no route, no protocol's JSON.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmopt_cli.errors import CapacityError, UsageError
+from llmopt_cli.runtime.request import RequestOutput, SamplingParams
+from llmopt_cli.server.metrics import Metrics, RequestClock
+from llmopt_cli.server.protocol import ApiError
+from llmopt_cli.server.streaming import merged
+
+if TYPE_CHECKING:
+    from llmopt_cli.runtime import AsyncEngine
+
+STALL_SECONDS = 120.0  # A step may prefill a thousand tokens of a large model on a CPU; longer than this is a hang.
+LONGEST_RETRY = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the server behaves towards its clients; how the model runs is the recipe's business. Times in seconds."""
+
+    model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    max_num_queued_reqs: int = 512
+    shutdown_timeout: float = 30.0
+
+
+class Service:
+    """One running engine behind any number of faces. `draining` is set once, when the server begins to stop."""
+
+    def __init__(self, engine: AsyncEngine, settings: Settings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.metrics = Metrics(settings.model_name, engine.engine.max_model_len, engine.engine.stats)
+        self.draining = False
+        self.in_flight = 0
+        self._most = engine.engine.batching.max_num_seqs + settings.max_num_queued_reqs
+        self._ends: deque[float] = deque(maxlen=32)
+
+    async def run(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """Outputs of all prompts as they come, each with its prompt's index. Closing it aborts what still runs.
+
+        The first iteration raises ApiError if the request is not let in, CapacityError or UsageError if the engine
+        refuses it; a later one ServerError when the engine stops or dies.
+        """
+        self._admit(len(prompts))
+        self.in_flight += len(prompts)
+        try:
+            streams = [self._measured(ids, wanted) for ids, wanted in zip(prompts, params, strict=True)]
+            async with aclosing(merged(streams)) as outputs:
+                async for item in outputs:
+                    yield item
+        finally:
+            self.in_flight -= len(prompts)
+            self._ends.extend([time.monotonic()] * len(prompts))
+
+    def _admit(self, count: int) -> None:
+        if self.draining:
+            self.metrics.rejected("draining")
+            raise ApiError(503, "the server is shutting down", code="draining")
+        if count > self._most:
+            raise ApiError(400, f"{count} prompts in one request, at most {self._most} are served", param="prompt")
+        if self.in_flight + count > self._most:
+            self.metrics.rejected("queue_full")
+            raise ApiError(
+                429,
+                f"{self.in_flight} requests run or wait and at most {self._most} may; try again later",
+                code="queue_full",
+                retry_after=self._retry_after(),
+            )
+
+    def _retry_after(self) -> int:
+        """Seconds until a place may be free: the mean gap between the latest ends."""
+        if not self._ends:
+            return 1
+        gap = (time.monotonic() - self._ends[0]) / len(self._ends)
+        return min(max(math.ceil(gap), 1), LONGEST_RETRY)
+
+    async def _measured(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[RequestOutput, None]:
+        clock = RequestClock(self.metrics)
+        output: RequestOutput | None = None
+        refused = False
+        try:
+            async with aclosing(self.engine.stream(prompt_ids, params)) as outputs:
+                async for output in outputs:
+                    clock.saw(output)
+                    yield output
+        except (CapacityError, UsageError):
+            refused = True
+            self.metrics.rejected("invalid")
+            raise
+        finally:
+            if not refused:
+                clock.ended(output, params)
+
+    def unhealthy(self) -> str | None:
+        """Why the engine can't answer any more, or None."""
+        if self.engine.failure is not None:
+            return f"the engine died: {self.engine.failure}"
+        if self.engine.seconds_without_progress > STALL_SECONDS:
+            return f"requests are running, but no step finished for {STALL_SECONDS:.0f} s"
+        return None
+
+    def unready(self) -> str | None:
+        """Why no new request is let in, or None."""
+        return "the server is shutting down" if self.draining else self.unhealthy()

@@ -1,0 +1,143 @@
+"""`llmopt bench` and `llmopt env` as typed: data on stdout, refusals before anything is loaded, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmopt_cli.commands.bench import _command_line
+from llmopt_cli.spec.result import read_results
+
+LLMOPT = [sys.executable, "-m", "llmopt_cli"]
+ENVIRONMENT = os.environ | {"NO_COLOR": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+SHORT = ("bench", "--workload", "decode", "--num-requests", "4")
+
+
+def llmopt(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*LLMOPT, *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=folder)
+
+
+def test_each_concurrency_is_one_result_on_stdout_and_in_the_file(tmp_path: Path) -> None:
+    run = llmopt(*SHORT, "--concurrency", "1,3", "--max-num-seqs", "5", "--seed", "9", "--json", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    printed = json.loads(run.stdout)
+    assert printed == [json.loads(line) for line in (tmp_path / "results" / "bench.jsonl").read_text().splitlines()]
+    assert [one["workload"]["arrivals"]["concurrency"] for one in printed] == [1, 3]
+    for one in printed:
+        assert one["metrics"]["completed"] == 4
+        assert one["recipe"]["batching"]["max_num_seqs"] == 5
+        assert (one["seed"], one["workload"]["seed"]) == (9, 9)
+        assert one["command"].startswith("llmopt bench --workload decode")
+
+
+def test_people_get_tables_on_stdout_and_talk_on_stderr(tmp_path: Path) -> None:
+    run = llmopt(*SHORT, "--results", "kept", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    for part in ("TTFT", "TPOT", "ITL", "E2E", "goodput", "run quality", "0 of 4 failed"):
+        assert part in run.stdout
+    assert "added to kept/bench.jsonl" in run.stderr
+    assert len(read_results(tmp_path / "kept" / "bench.jsonl")) == 1
+
+
+def test_ctrl_c_keeps_what_was_measured_as_partial(tmp_path: Path) -> None:
+    command = [*LLMOPT, "bench", "-w", "decode", "-c", "1", "--num-requests", "5000", "--json"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path
+    ) as process:
+        assert process.stderr is not None
+        while "decode on engine" not in (line := process.stderr.readline()):
+            assert line, "it never began to measure"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=3)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    (result,) = json.loads(stdout)
+    assert result["partial"]
+    assert 0 < result["metrics"]["completed"] < 5000
+    assert result["metrics"]["failed"] == 0
+    assert len(read_results(tmp_path / "results" / "bench.jsonl")) == 1
+
+
+def test_failed_requests_are_reported_and_then_fail_the_command(tmp_path: Path) -> None:
+    workload = tmp_path / "half.yaml"
+    workload.write_text(
+        "name: half\ninput_len: {kind: uniform, min: 10, max: 90}\noutput_len: {mean: 4}\n"
+        "arrivals: {concurrency: 2}\nnum_requests: 8\n"
+    )
+    # No request may wait: with two at once and room for one in the batch, the server turns some away.
+    server = [*LLMOPT, "serve", "demo", "--port", "0", "--json", "--max-num-seqs", "1", "--max-num-queued-reqs", "0"]
+    with subprocess.Popen(server, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        assert process.stdout is not None
+        try:
+            document = ""
+            while not document.endswith("}\n"):
+                document += (line := process.stdout.readline())
+                assert line, "the server did not start"
+            url = json.loads(document)["url"]
+            run = llmopt("bench", "-w", str(workload), "--base-url", url, "-c", "8", "--json", folder=tmp_path)
+        finally:
+            process.terminate()
+    assert run.returncode == 1, run.stderr
+    (result,) = json.loads(run.stdout)
+    assert result["metrics"]["failed"] > 0
+    assert result["metrics"]["completed"] + result["metrics"]["failed"] == 8
+    assert "requests failed; the first: " in run.stderr
+    assert "answered 429" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--concurrency", "2", "--rate", "3"), "two kinds of load"),
+        (("--concurrency", "2,x"), "takes numbers, not `2,x`"),
+        (("--concurrency", "0"), "concurrency must be at least 1"),
+        (("--rate", "-1"), "rate must be above 0"),
+        (("--against", "vllm"), "unknown baseline `vllm`"),
+        (("--against", "transformers", "--rate", "3"), "leave --rate out"),
+        (("--served-model-name", "x"), "give the server's --base-url"),
+        (("--base-url", "http://127.0.0.1:9", "--dtype", "float32"), "--dtype is for an engine in this process"),
+        (("--base-url", "http://127.0.0.1:9", "--against", "transformers"), "--against is for an engine"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_loaded(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    probe = (
+        "import sys; from llmopt_cli.cli import main; sys.argv[0] = 'llmopt'\n"
+        "try: main()\n"
+        "finally: assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    command = [sys.executable, "-c", probe, "bench", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    assert run.returncode == 2, run.stderr
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("typed", [["--api-key", "it's secret"], ["--api-key=it's secret", "-q"]])
+def test_the_key_of_a_server_is_not_kept(monkeypatch: pytest.MonkeyPatch, typed: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/llmopt", "bench", *typed])
+    kept = _command_line("it's secret")
+    assert kept.startswith("llmopt bench ")
+    assert "--api-key" in kept
+    assert "secret" not in kept
+
+
+def test_env_prints_the_fingerprint_of_results(tmp_path: Path) -> None:
+    run = llmopt("env", "--json", folder=tmp_path)
+    found = json.loads(run.stdout)
+    assert run.returncode == 0
+    assert {"date", "cpu", "gpu", "cores", "threads", "memory", "commit", "versions"} <= found.keys()
+    assert {"llmopt", "python", "torch", "transformers"} <= found["versions"].keys()
+    assert found["threads"] == 1
+    human = llmopt("env", folder=tmp_path)
+    assert found["cpu"] in human.stdout
+    assert found["versions"]["torch"] in human.stdout

@@ -1,0 +1,102 @@
+"""`llmopt estimate | models | gpus` as processes: what they print, what they import, how they fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "numpy")
+
+
+def llmopt(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "llmopt_cli", *args], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("args", [["estimate", "--model", "70b", "--gpu", "a100"], ["models"], ["gpus"]])
+def test_runs_without_torch_transformers_or_numpy(args: list[str]) -> None:
+    code = f"""
+import sys
+from llmopt_cli.cli import main
+sys.argv = ["llmopt", *{args!r}, "--json"]
+try:
+    main()
+finally:
+    print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.strip().splitlines()[-1] == "[]"
+    assert json.loads(ran.stdout)
+
+
+def test_json_holds_the_whole_plan() -> None:
+    ran = llmopt("estimate", "--model", "70b", "--gpu", "a100", "--json")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    data = json.loads(ran.stdout)
+    assert (data["model"]["asked"], data["model"]["name"]) == ("70b", "Llama-3.1-70B")
+    assert (data["gpu"]["asked"], data["gpu"]["name"]) == ("a100", "A100-SXM4-80GB")
+    assert [fit["verdict"] for fit in data["memory"]] == ["does not fit", "tight", "fits", "fits"]
+    assert data["recommended_gpus"] == 4
+    assert data["speed"]["tpot_band"]["median_error"] == 0.112
+    assert data["usd_per_1k_output_tokens"] > 0
+    assert all(constant["source"] for constant in data["constants"].values())
+
+
+def test_text_says_what_names_mean_shows_formulas_and_recommends() -> None:
+    text = llmopt("estimate", "--model", "70b", "--gpu", "a100").stdout
+    for expected in (
+        "70b   = Llama-3.1-70B",
+        "a100  = A100-SXM4-80GB",
+        "2 x 80 layers x 8192 x 1,280 tokens x 2 B x 32 requests",
+        "2 x 80 layers x 8 of 64 heads x 128 x 1,280 tokens x 2 B x 32 requests",
+        "(weights + KV cache) x 1.2 to 1.3",
+        "does not fit: 131.4 GiB of weights",
+        "fits, but only 25,102 KV tokens",
+        "Recommended: 4 x A100-SXM4-80GB in bf16",
+        "In fewer bits: int8: 2 GPUs",
+        "+-11%, median error on 1,060 published runs",
+        "s per 1K / 3600",
+        "2026-03",
+    ):
+        assert expected in text
+
+
+def test_a_flag_wins_over_the_listed_price() -> None:
+    data = json.loads(llmopt("estimate", "--model", "7b", "--gpu", "a100", "--gpu-price", "3", "--json").stdout)
+    assert data["price"] == {"usd_per_hour": 3.0, "source": "--gpu-price"}
+
+
+def test_the_demo_is_estimated_from_its_own_config() -> None:
+    data = json.loads(llmopt("estimate", "--model", "demo", "--gpu", "t4", "--json").stdout)
+    assert data["model"]["parameters"] == 5_770_496
+    assert data["recommended_gpus"] == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--model", "70c", "--gpu", "a100"], "unknown model `70c`"),
+        (["--model", "mixtral", "--gpu", "a100"], "`mixtral` fits more than one model"),
+        (["--model", "70b", "--gpu", "a1000"], "unknown accelerator `a1000`"),
+        (["--model", "70b"], "no accelerator given"),
+        (["--gpu", "a100"], "no model given"),
+        (["--model", "70b", "--gpu", "a100", "--scheme", "int9"], "unknown scheme `int9`"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_a_hint_and_exit_2(args: list[str], said: str) -> None:
+    ran = llmopt("estimate", *args)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert f"error: {said}" in ran.stderr
+    assert "hint: " in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(("verb", "count", "row"), [("gpus", 37, "A100-SXM4-80GB"), ("models", 71, "Llama-3.1-70B")])
+def test_catalogues_are_listed_with_sources(verb: str, count: int, row: str) -> None:
+    assert row in llmopt(verb).stdout
+    listed = json.loads(llmopt(verb, "--json").stdout)
+    assert len(listed) == count
+    assert all(entry.get("source") or entry.get("spec_source") for entry in listed)

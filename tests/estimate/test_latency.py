@@ -1,0 +1,140 @@
+"""Latency: golden values, published measurements, and what must never get faster when there is more to do."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmopt_cli.errors import UnknownNameError
+from llmopt_cli.estimate.latency import DENSE_TPOT, EXPERTS_TPOT, StepModel
+from llmopt_cli.spec.catalog import find_gpu, find_model, gpus, models
+from llmopt_cli.spec.hardware import Hardware
+from llmopt_cli.spec.model import ModelSpec
+from llmopt_cli.spec.scheme import SCHEMES, Scheme, find_scheme
+
+MEASURED = Path(__file__).resolve().parents[2] / "../shared/data/estimates/published_measurements.csv"
+INT4_G128 = Scheme("int4-g128", 4, 128, scale_bits=16, zero_bits=16)  # 4.25 bits
+BF16 = SCHEMES["bf16"]
+# model, GPU, tp, scheme, batch, input, output, prefill ms, TPOT ms
+GOLDEN = [
+    ("8b", "a100", 1, BF16, 1, 1024, 256, 82.9, 10.39),
+    ("8b", "a100", 1, BF16, 32, 1024, 256, 82.9, 23.47),
+    ("8b", "h100", 1, BF16, 64, 1024, 1024, 28.0, 13.44),
+    ("70b", "a100", 2, BF16, 1, 1024, 256, 407, 46.75),
+    ("70b", "a100", 4, BF16, 1, 1024, 256, 222, 25.39),
+    ("70b", "a100", 1, INT4_G128, 1, 1024, 256, 777, 39.95),
+    ("70b", "h100", 4, BF16, 64, 1024, 1024, 82, 26.38),
+]
+
+
+@pytest.mark.parametrize(("model", "gpu", "tp", "scheme", "batch", "inputs", "outputs", "prefill", "tpot"), GOLDEN)
+def test_golden_times(
+    model: str, gpu: str, tp: int, scheme: Scheme, batch: int, inputs: int, outputs: int, prefill: float, tpot: float
+) -> None:
+    step = StepModel(find_model(model), find_gpu(gpu)[0], scheme, tp)
+    assert step.prefill(inputs) * 1e3 == pytest.approx(prefill, rel=0.01)
+    assert step.tpot(batch, inputs, outputs) * 1e3 == pytest.approx(tpot, rel=0.01)
+
+
+def measured(metric: str) -> list[dict[str, str]]:
+    if not MEASURED.is_file():
+        pytest.skip(f"no {MEASURED}")
+    return [row for row in csv.DictReader(MEASURED.read_text().splitlines()) if row["metric"] == metric]
+
+
+def serving_error(row: dict[str, str]) -> tuple[bool, float] | None:
+    """(has experts, |predicted / measured - 1|) of one published serving run on one server, if it is in our words."""
+    schemes = {"fp8": "fp8", "fp8_block": "fp8", "bf16/default": "bf16"}
+    if row["weight_precision"] not in schemes or int(row["tp"]) > 8:
+        return None
+    try:
+        spec, (gpu, _) = find_model(row["model"].replace("-FP8", "")), find_gpu(row["gpu"].replace("_sxm", ""))
+    except UnknownNameError:
+        return None
+    step = StepModel(spec, gpu, find_scheme(schemes[row["weight_precision"]]), int(row["tp"]))
+    lengths = int(row["batch_or_concurrency"]), int(row["input_len"]), int(row["output_len"])
+    return spec.experts is not None, abs(step.tpot(*lengths) * 1e3 / float(row["value"]) - 1)
+
+
+def test_tpot_stays_within_its_bands_on_published_runs() -> None:
+    errors = [error for row in measured("tpot_ms") if (error := serving_error(row))]
+    dense = [error for has_experts, error in errors if not has_experts]
+    experts = [error for has_experts, error in errors if has_experts]
+    assert len(dense) >= 30
+    assert len(experts) >= 50
+    assert statistics.median(dense) < DENSE_TPOT.median_error
+    assert statistics.median(experts) < EXPERTS_TPOT.median_error
+
+
+def test_single_requests_on_a100_are_within_20_percent() -> None:
+    rows = [row for row in measured("decode_tok_s") if row["engine"] == "gpt-fast" and "A100" in row["gpu"]]
+    rows = [row for row in rows if row["weight_precision"] in ("bf16", "int8") and int(row["tp"]) <= 4]
+    assert len(rows) >= 7
+    for row in rows:
+        step = StepModel(
+            find_model(row["model"]), find_gpu("a100")[0], find_scheme(row["weight_precision"]), int(row["tp"])
+        )
+        assert 1 / step.decode(1, 100) == pytest.approx(float(row["value"]), rel=0.2), row
+
+
+SPECS = st.sampled_from([entry.item for entry in models()])
+GPUS = st.sampled_from([entry.item for entry in gpus()])
+SCHEME = st.sampled_from(list(SCHEMES.values()))
+
+
+@settings(deadline=None)
+@given(SPECS, GPUS, SCHEME, st.integers(1, 256), st.integers(0, 256), st.integers(1, 8192), st.integers(0, 8192))
+def test_more_work_never_takes_less_time(
+    spec: ModelSpec, gpu: Hardware, scheme: Scheme, batch: int, more: int, context: int, longer: int
+) -> None:
+    step = StepModel(spec, gpu, scheme)
+    # A larger batch reads more cache, but its bigger tiles multiply more efficiently from 257 tokens on.
+    if batch + more <= step.constants.decode_tokens:
+        assert step.decode(batch + more, context) >= step.decode(batch, context)
+    assert step.decode(batch, context + longer) >= step.decode(batch, context)
+
+
+@settings(deadline=None)
+@given(SPECS, GPUS, SCHEME, st.integers(257, 8192), st.integers(0, 8192))
+def test_longer_prompts_never_prefill_faster(
+    spec: ModelSpec, gpu: Hardware, scheme: Scheme, tokens: int, longer: int
+) -> None:
+    step = StepModel(spec, gpu, scheme)
+    assert step.prefill(tokens + longer) >= step.prefill(tokens) > 0
+
+
+@settings(deadline=None)
+@given(SPECS, GPUS, SCHEME, st.integers(1, 512), st.integers(1, 4096))
+def test_no_step_beats_the_roofline(spec: ModelSpec, gpu: Hardware, scheme: Scheme, batch: int, context: int) -> None:
+    step = StepModel(spec, gpu, scheme)
+    one_token = spec.num_active_params - spec.embedding_params
+    assert step.decode(batch, context) > 2 * batch * one_token / gpu.flops(fp8=True)
+    assert step.decode(batch, context) > one_token * scheme.bits_per_weight / 8 / gpu.bandwidth
+
+
+@settings(deadline=None)
+@given(SPECS, st.integers(1, 64), st.integers(1, 4096))
+def test_gqa_reads_less_cache_than_as_many_kv_heads(spec: ModelSpec, batch: int, context: int) -> None:
+    gpu, _ = find_gpu("h100")
+    full = replace(spec, num_kv_heads=spec.num_heads)
+    assert StepModel(full, gpu, BF16).decode(batch, context) >= StepModel(spec, gpu, BF16).decode(batch, context)
+
+
+def test_prefill_attends_to_a_window_only() -> None:
+    gpu, _ = find_gpu("h100")
+    sliding = find_model("mistral-7b-v0.1")
+    full = replace(sliding, sliding_window=None, num_sliding_layers=0)
+    assert StepModel(sliding, gpu, BF16).prefill(4096) == StepModel(full, gpu, BF16).prefill(4096)
+    assert StepModel(sliding, gpu, BF16).prefill(32768) < StepModel(full, gpu, BF16).prefill(32768)
+
+
+def test_ttft_grows_with_the_queue_and_starts_at_dispatch() -> None:
+    step = StepModel(find_model("8b"), find_gpu("h100")[0], BF16)
+    assert step.ttft(1, 1024) == step.constants.dispatch_s + step.prefill(1024)
+    assert step.ttft(64, 1024) > step.ttft(8, 1024) > step.ttft(1, 1024)
