@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Annotated
 
 import typer
 
 from llmopt_cli import __version__
 from llmopt_cli.commands import bench, demo, env, estimate, generate, gpus, models, quantize, serve
-from llmopt_cli.errors import LlmoptError
+from llmopt_cli.output import error_boundary
 
 app = typer.Typer(
     name="llmopt",
@@ -38,24 +37,9 @@ def _root(
 
 
 def main() -> None:
-    """Run the app; a known error becomes one sentence, a hint and its exit code (`LLMOPT_DEBUG=1`: traceback)."""
+    """Run the app behind the error boundary."""
     # OpenMP threads that spin for milliseconds at the end of every operation cost a tenfold when anything else wants
     # the cores; a microsecond of spinning keeps nearly all of the speed on a quiet machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    try:
+    with error_boundary():
         app()
-    except LlmoptError as error:
-        if os.environ.get("LLMOPT_DEBUG"):
-            raise
-        _complain(error.message, error.hint)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader of our stdout went away (`llmopt ... | head`); keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-def _complain(message: str, hint: str | None) -> None:
-    typer.secho(f"error: {message}", fg="red", err=True)
-    if hint:
-        typer.secho(f"\nhint: {hint}", err=True)

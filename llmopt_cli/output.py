@@ -6,10 +6,15 @@ Commands never call `print`. It knows rich and nothing about models.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import typer
+
+from llmopt_cli.errors import LlmoptError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -65,6 +70,24 @@ class Output:
         with Progress(*columns, console=_console(stderr=True), transient=True) as bar:
             task = bar.add_task(label, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def error_boundary() -> Iterator[None]:
+    """A known error becomes one sentence, a hint and its exit code; `LLMOPT_DEBUG=1` lets the traceback through."""
+    try:
+        yield
+    except LlmoptError as error:
+        if os.environ.get("LLMOPT_DEBUG"):
+            raise
+        typer.secho(f"error: {error.message}", fg="red", err=True)
+        if error.hint:
+            typer.secho(f"\nhint: {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of our stdout went away (`llmopt ... | head`); keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def table(

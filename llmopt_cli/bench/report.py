@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from llmopt_cli.output import error_boundary
 from llmopt_cli.spec.result import Environment, Result, read_results
 
 HEAD = """# Results
@@ -79,4 +80,5 @@ def report(
 
 
 if __name__ == "__main__":
-    typer.run(report)
+    with error_boundary():
+        typer.run(report)

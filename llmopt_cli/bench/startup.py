@@ -16,7 +16,7 @@ import typer
 
 from llmopt_cli.bench.environment import fingerprint
 from llmopt_cli.errors import LlmoptError
-from llmopt_cli.output import Output, lines
+from llmopt_cli.output import Output, error_boundary, lines
 from llmopt_cli.spec.result import Result
 
 COMMANDS = {"help_s": ["--help"], "estimate_s": ["estimate", "--model", "70b", "--gpu", "a100"]}
@@ -58,4 +58,5 @@ def wall_time(arguments: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(startup)
+    with error_boundary():
+        typer.run(startup)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from llmopt_cli.runtime.request import SamplingParams
 
+COLDEST = 1e-5  # below it, dividing logits would overflow; the likeliest token has all the weight long before
+
 
 def sample(logits: Tensor, params: Sequence[SamplingParams], streams: Sequence[Random]) -> list[int]:
     """One token for each row of `logits` (N, V): the likeliest at temperature 0, else drawn with the row's stream."""
@@ -29,7 +31,7 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], streams: Sequence[R
 
 
 def _probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    temperatures = torch.tensor([p.temperature for p in params], device=logits.device, dtype=torch.float32)
+    temperatures = torch.tensor([max(p.temperature, COLDEST) for p in params], device=logits.device)
     return torch.softmax(logits.float() / temperatures[:, None], dim=-1)
 
 

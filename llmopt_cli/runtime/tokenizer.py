@@ -23,6 +23,7 @@ class Tokenizer:
         self.backend: Any = getattr(self._hf, "backend_tokenizer", None)
         if self.backend is None:
             raise ModelError(f"the tokenizer of `{checkpoint.name}` has no tokenizer.json, which streaming text needs")
+        self._hf.model_max_length = 2**62  # the engine has its own limit, and its own words when it is passed
         self.name = checkpoint.name
         self.vocab_size = len(self._hf)
         self.eos_ids = _eos_ids(checkpoint)

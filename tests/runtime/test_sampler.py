@@ -30,6 +30,11 @@ def test_greedy_takes_the_likeliest() -> None:
     assert draw(SamplingParams(), 5) == {4: 5}
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-6])
+def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
+    assert draw(SamplingParams(temperature=temperature), 5) == {4: 5}
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_temperature_draws_from_the_softmax(temperature: float) -> None:
     expected = torch.softmax(LOGITS / temperature, -1)

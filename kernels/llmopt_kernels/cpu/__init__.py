@@ -111,7 +111,7 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tens
     count = x.numel() // width
     if count > MOST_ROWS:
         ordered = _in_code_order(x)
-        tiles = zip(*(tensor.split(max(TILE // width, 1)) for tensor in (codes, scales, zeros)), strict=True)
+        tiles = zip(*(torch.split(part, max(TILE // width, 1)) for part in (codes, scales, zeros)), strict=True)
         parts = [F.linear(ordered, _unpack(*tile)) for tile in tiles]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     x = x.contiguous()
