@@ -59,7 +59,7 @@ def _make(family: str, folder: Path, changes: dict[str, Any]) -> Path:
 
     config = getattr(transformers, f"{family}Config")(**(TINY | changes))
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(8)
     model.save_pretrained(folder)

@@ -25,12 +25,13 @@ __all__ = [
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
-    return cpu.rms_norm(x, weight, eps) if cpu.fits(x) else reference.rms_norm(x, weight, eps)
+    return cpu.rms_norm(x, weight, eps) if cpu.fits(x, weight) else reference.rms_norm(x, weight, eps)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `reference.rotary`. The caller gives `x` away: it may be turned in place."""
-    return cpu.rotary(x, cos, sin) if cpu.fits(x) else reference.rotary(x, cos, sin)
+    whole = cos.shape[-1] == x.shape[-1]  # angles for a part of each head are no business of this op
+    return cpu.rotary(x, cos, sin) if whole and cpu.fits(x, cos, sin) else reference.rotary(x, cos, sin)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -40,12 +41,16 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """See `reference.int4_linear`."""
-    return cpu.int4_linear(x, codes, scales, zeros) if cpu.fits(x) else reference.int4_linear(x, codes, scales, zeros)
+    return (
+        cpu.int4_linear(x, codes, scales, zeros)
+        if cpu.fits(x, scales)
+        else reference.int4_linear(x, codes, scales, zeros)
+    )
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """See `reference.store_kv`."""
-    (cpu if cpu.fits(key) else reference).store_kv(key, value, k_cache, v_cache, slots)
+    (cpu if cpu.fits(key, value, k_cache, v_cache) else reference).store_kv(key, value, k_cache, v_cache, slots)
 
 
 def paged_attention(
@@ -54,6 +59,6 @@ def paged_attention(
     """Causal attention of packed queries (T, H, D) over the paged cache -> (T, H, Dv); see `reference.attend_rows`."""
     out = query.new_empty(*query.shape[:-1], v_cache.shape[-1])
     for group in batch.groups:
-        home = cpu if cpu.fits(query) and cpu.takes(group) else reference
+        home = cpu if cpu.takes(group) and cpu.fits(query, k_cache, v_cache) else reference
         home.attend_rows(query, k_cache, v_cache, out, group, scale, window)
     return out

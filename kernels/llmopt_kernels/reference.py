@@ -78,6 +78,10 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, visible:
         F.embedding(slots, cache.flatten(1)).view(*slots.shape, *cache.shape[1:]).transpose(1, 2)  # (B, K, L, D)
         for cache in (k_cache, v_cache)
     )
+    if slots.shape[0] > 1:
+        # Padding reads slots of others: masked, yet their NaN would spread, for 0 * NaN is NaN.
+        padding = ~visible.any(dim=2)[..., None]
+        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
     q = q.transpose(1, 2)
     if q.device.type == "cpu" and q.dtype != torch.float32:
         # The CPU's masked 16-bit attention is several times slower than float32, and less exact.

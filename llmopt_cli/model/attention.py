@@ -93,6 +93,8 @@ def interface(
 def refuse(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     """Raise ModelError if the call asks for something that the paged op would silently leave out."""
     wanted = [what for name, what in UNSUPPORTED.items() if kwargs.get(name) is not None]
+    if not getattr(module, "is_causal", True):
+        wanted.append("attention in both directions")
     if attention_mask is not None:
         wanted.append("an attention mask of its own")
     if wanted:

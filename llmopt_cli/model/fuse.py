@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from llmopt_cli.model.linear import MergedLinear, PackedLinear, merge
 from llmopt_kernels import rms_norm, rotary, silu_mul
 
 TOKENS = 5  # of the random input that a fused block is verified on
-TOLERANCE = 1e-4
+SCALES = (1.0, 1000.0)  # of that input: what clamps large values agrees on small ones
+TOLERANCE = 1e-4  # of the largest value
 Build = Callable[[nn.Module], nn.Module | None]  # our block for a recognised one, sharing its members
 Example = tuple[Tensor, dict[str, Any]]  # input and keywords that a block is verified on
 
@@ -49,7 +51,8 @@ class FusedAttention(nn.Module):
             query, key = turning[:, :query_heads], turning[:, query_heads:]
             turning = torch.cat((self.q_norm(query), self.k_norm(key)), dim=1)
         cos, sin = position_embeddings
-        turned = rotary(turning, cos.squeeze(0), sin.squeeze(0))
+        # Some models keep their angles in float32 whatever they compute in.
+        turned = rotary(turning, cos.squeeze(0).to(heads.dtype), sin.squeeze(0).to(heads.dtype))
         query, key, value = turned[:, :query_heads], turned[:, query_heads:], heads[:, -facts.kv_heads :]
         out = attend(self.paged, query, key, value, facts.scaling, facts.window)
         return self.o_proj(out.reshape(1, tokens, -1)), None
@@ -85,14 +88,15 @@ class FusedRMSNorm(nn.Module):
 def fuse(model: nn.Module) -> dict[str, int]:
     """Replace what is recognised and verified, in place. Returns how many blocks of each kind were fused."""
     verdicts: dict[Any, bool] = {}
-    fused = dict.fromkeys(KINDS, 0)
+    kinds = _kinds(model)
+    fused = dict.fromkeys(kinds, 0)
     for parent in reversed(list(model.modules())):  # children first, so that a fused block holds fused norms
         for name, child in list(parent.named_children()):
-            for kind, (build, example) in KINDS.items():
+            for kind, (build, example) in kinds.items():
                 ours = build(child)
                 if ours is None:
                     continue
-                key = (type(child), getattr(ours, "facts", None), *(tuple(p.shape) for p in child.parameters()))
+                key = (type(child), getattr(ours, "facts", None), _scalars(child), _shapes(child))
                 if key not in verdicts:
                     verdicts[key] = _equals(child, build, example)
                 if verdicts[key]:
@@ -121,11 +125,23 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _attention(block: nn.Module) -> FusedAttention | None:
+def _scalars(block: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The block's own settings, by which blocks of one class may differ; its number is none of them."""
+    plain = {name: value for name, value in vars(block).items() if isinstance(value, int | float | str)}
+    return tuple(sorted((name, value) for name, value in plain.items() if name != "layer_idx"))
+
+
+def _shapes(block: nn.Module) -> tuple[torch.Size, ...]:
+    return tuple(parameter.shape for parameter in block.parameters())
+
+
+def _attention(block: Any, rotary_dim: int) -> FusedAttention | None:
     members = {name for name, _ in block.named_children()}
-    if members - {"q_norm", "k_norm"} != {"q_proj", "k_proj", "v_proj", "o_proj"} or not hasattr(block, "head_dim"):
+    if members - {"q_norm", "k_norm"} != {"q_proj", "k_proj", "v_proj", "o_proj"}:
         return None
-    facts = _facts(block)
+    if getattr(block, "head_dim", None) != rotary_dim or not getattr(block, "is_causal", True):
+        return None
+    facts = _facts(block, rotary_dim)
     qkv = merge({name: block.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")})
     if facts is None or facts.value_dim != facts.head_dim or qkv is None:
         return None
@@ -147,20 +163,20 @@ def _norm(block: nn.Module) -> FusedRMSNorm | None:
     return FusedRMSNorm(parameters["weight"], eps) if isinstance(eps, float) else None
 
 
-def _facts(block: nn.Module) -> LayerFacts | None:
+def _facts(block: Any, rotary_dim: int) -> LayerFacts | None:
     """What the block tells the attention interface, from a run of its own forward; None if it does not run alone."""
     layer = PagedLayer(AttentionContext())
-    block.paged = layer  # type: ignore[assignment]
+    block.paged = layer
     try:
-        hidden, others = _attention_example(block)
+        hidden, others = _attention_example(block, rotary_dim)
         block(hidden, **others)
     except (TypeError, RuntimeError, ValueError, AttributeError, KeyError):
         return None
     return layer.seen
 
 
-def _attention_example(block: Any) -> Example:
-    angles = _example(block, block.head_dim)
+def _attention_example(block: Any, rotary_dim: int) -> Example:
+    angles = _example(block, rotary_dim)
     others = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
     return _example(block, block.q_proj.in_features), others
 
@@ -188,16 +204,25 @@ def _equals(original: nn.Module, build: Build, example: Callable[[Any], Example]
     weights = dict(named_slots(twin))
     for name, slot in named_slots(ours):
         slot.copy_(weights[name])
+    return all(_agree(twin, ours, x * scale, others) for scale in SCALES)
+
+
+def _agree(twin: nn.Module, ours: nn.Module, x: Tensor, others: dict[str, Any]) -> bool:
     try:
         expected, found = twin(x, **others), ours(x, **others)
     except (TypeError, RuntimeError):  # it takes other input, or its products have other shapes
         return False
     expected, found = (out[0] if isinstance(out, tuple) else out for out in (expected, found))
-    return torch.allclose(expected, found, rtol=TOLERANCE, atol=TOLERANCE)
+    return bool((expected - found).abs().max() <= TOLERANCE * expected.abs().max())
 
 
-KINDS: dict[str, tuple[Build, Callable[[Any], Example]]] = {
-    "attention": (_attention, _attention_example),
-    "mlp": (_mlp, lambda block: (_example(block, block.gate_proj.in_features), {})),
-    "norm": (_norm, lambda block: (_example(block, block.weight.shape[0]), {})),
-}
+def _kinds(model: nn.Module) -> dict[str, tuple[Build, Callable[[Any], Example]]]:
+    """What can be fused: how ours is built from a block (None if it is not recognised), and what to verify it on."""
+    tables = (getattr(module, "inv_freq", None) for module in model.modules())
+    dims = {2 * table.shape[-1] for table in tables if isinstance(table, Tensor)}
+    rotary_dim = dims.pop() if len(dims) == 1 else 0  # with several kinds of angles, blocks keep their own forward
+    return {
+        "attention": (partial(_attention, rotary_dim=rotary_dim), partial(_attention_example, rotary_dim=rotary_dim)),
+        "mlp": (_mlp, lambda block: (_example(block, block.gate_proj.in_features), {})),
+        "norm": (_norm, lambda block: (_example(block, block.weight.shape[0]), {})),
+    }

@@ -6,6 +6,7 @@ experts). What the tree means to the runtime is the business of `fuse` and `atte
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from llmopt_cli.model.stream import packed_linears, stream
 from llmopt_cli.output import Report
 from llmopt_cli.spec.checkpoint import Checkpoint
 
+UNSET = {True: float("nan"), False: -1}  # what a computed buffer holds before it is computed: (floating?) -> value
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,7 +52,7 @@ def load_model(
     trust_remote_code: bool = False,
     report: Report | None = None,
 ) -> LoadedModel:
-    """Load `checkpoint` for running. Peak memory is the weights as they run plus the largest stored tensor.
+    """Load `checkpoint` for running. Peak memory is the weights as they run plus what `stream` holds at a time.
 
     Raises ModelError if the architecture cannot run exactly, CheckpointError if the files do not fit it.
     """
@@ -75,12 +77,13 @@ def pick_device(name: str) -> torch.device:
     """`auto` is the first GPU, or the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UnknownNameError("device", name, ["auto", "cpu", "cuda", "cuda:0"]) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"`{name}` was asked for, but torch sees no GPU", "use `--device cpu`")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise UnknownNameError("device", name, ["auto", "cpu", "cuda", "cuda:0"])
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"`{name}` was asked for, but torch sees {torch.cuda.device_count()} GPUs", "use `--device cpu`"
+        )
     return device
 
 
@@ -97,6 +100,7 @@ def pick_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
 
 def read_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
     """The transformers config of a checkpoint, without its quantization (llmopt reads that itself)."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -108,7 +112,10 @@ def read_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
                 "read the code, then add `--trust-remote-code`",
             )
         raise ModelError(f"`{checkpoint.name}` is of type `{model_type}`, which this transformers does not know")
-    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json of `{checkpoint.name}` is wrong: {str(error).splitlines()[0]}") from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -126,8 +133,10 @@ def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             )
     except ValueError as error:
         raise ModelError(f"`{config.model_type}` is no causal language model: {str(error).splitlines()[0]}") from None
-    except KeyError:
-        raise ModelError(f"`{config.model_type}` models do not use transformers' attention interface") from None
+    except KeyError as error:
+        if attention.NAME in str(error):
+            raise ModelError(f"`{config.model_type}` models do not use transformers' attention interface") from None
+        raise ModelError(f"config.json names {error}, which this transformers does not know") from None
 
 
 def _swap_quantized(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -148,9 +157,24 @@ def _swap_quantized(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 def _fill_computed_buffers(model: Any) -> None:
     """Buffers that no checkpoint stores (rotary frequencies, embedding scales), by the model's own initialisation."""
-    owners = {name.rpartition(".")[0] for name, _ in model.named_non_persistent_buffers()}
-    for owner in owners:
-        model._init_weights(model.get_submodule(owner))
+    buffers = dict(model.named_non_persistent_buffers())
+    for buffer in buffers.values():
+        buffer.fill_(UNSET[buffer.is_floating_point()])
+    for owner in {name.rpartition(".")[0] for name in buffers}:
+        _model_of(model, owner)._init_weights(model.get_submodule(owner))
+    for name, buffer in buffers.items():
+        unset = buffer.isnan() if buffer.is_floating_point() else buffer == UNSET[False]
+        if buffer.dtype != torch.bool and bool(unset.any()):
+            raise ModelError(f"`{type(model).__name__}` does not say how its `{name}` is computed")
+
+
+def _model_of(model: Any, path: str) -> Any:
+    """The innermost transformers model that holds the module at `path`: it knows how to initialise it."""
+    from transformers import PreTrainedModel
+
+    parts = path.split(".")
+    holders = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
+    return next(holder for holder in holders if isinstance(holder, PreTrainedModel))
 
 
 @torch.no_grad()
@@ -163,6 +187,10 @@ def _fill(model: Any, checkpoint: Checkpoint, report: Report | None) -> None:
         if slot.shape != tensor.shape:
             raise CheckpointError(
                 f"`{name}` has shape {list(tensor.shape)} in `{checkpoint.path}` where the model has {list(slot.shape)}"
+            )
+        if slot.data_ptr() in filled and not torch.equal(slot, tensor.to(slot)):
+            raise CheckpointError(
+                f"`{checkpoint.path}` ties `{name}` to another tensor, yet stores both, and they differ"
             )
         slot.copy_(tensor)
         filled.add(slot.data_ptr())
@@ -179,9 +207,13 @@ def _probe(model: Any, checkpoint: Checkpoint) -> None:
     device = model.get_input_embeddings().weight.device
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
-    layers, expected = len(attention.paged_layers(model)), checkpoint.spec.num_layers
-    if layers != expected:
+    layers, spec = attention.paged_layers(model), checkpoint.spec
+    if len(layers) != spec.num_layers:
         raise ModelError(
-            f"`{checkpoint.name}` sends {layers} of its {expected} layers through the attention interface; "
+            f"`{checkpoint.name}` sends {len(layers)} of its {spec.num_layers} layers through the attention interface; "
             "the others keep a state that the runtime does not page"
         )
+    # A window or chunk that lives in the mask alone would be lost: for our interface no masks are built.
+    windowed = sum(layer.seen is not None and layer.seen.window is not None for layer in layers)
+    if windowed < spec.num_sliding_layers or getattr(model.config, "attention_chunk_size", None):
+        raise ModelError(f"`{checkpoint.name}` limits attention by its mask alone, which the runtime does not see")

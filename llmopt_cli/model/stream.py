@@ -23,7 +23,9 @@ PACKED = ("codes", "scales", "zeros")  # the in-memory tensors of a packed linea
 
 
 def stream(model: Any, checkpoint: Checkpoint, wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """(model name, tensor on the CPU) for all that is stored. Peak memory: the stored parts of one model tensor.
+    """(model name, tensor on the CPU) for all that is stored.
+
+    Peak memory: the stored parts of one model tensor, and while a packed linear is unpacked some 16 times its bytes.
 
     `wanted` are the model's names. A stored tensor that the model has no place for raises ModelError.
     """

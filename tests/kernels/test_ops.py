@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import llmopt_kernels
 import pytest
 import torch
 
@@ -119,7 +120,7 @@ def test_paged_attention_equals_naive_attention_over_scattered_pages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not use_compiled:
-        monkeypatch.setattr(cpu, "fits", lambda x: False)
+        monkeypatch.setattr(cpu, "fits", lambda *_: False)
     torch.manual_seed(1)
     size, scale = 4, dim**-0.5
     blocks = torch.randperm(40).tolist()
@@ -158,6 +159,37 @@ def test_compiled_ops_take_strided_heads() -> None:
         results.append(paged_attention(q, *caches, batch, 1.0))
     assert torch.equal(results[0], results[1])
     assert close(results[0], value)  # one token sees only itself
+
+
+@dtypes
+def test_mixed_dtypes_never_reach_the_compiled_ops(dtype: torch.dtype) -> None:
+    """They would read the bytes of one type as the other, and write past the end."""
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    assert not cpu.fits(torch.zeros(1, dtype=dtype), torch.zeros(1, dtype=other))
+    x, weight = torch.randn(3, 8).to(dtype), torch.randn(8).to(other)
+    assert torch.equal(llmopt_kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    batch = PagedBatch([Span(1, 1, [0])], 1, torch.device("cpu"))
+    cache = torch.zeros(1, 2, 4, dtype=other)
+    with pytest.raises(RuntimeError):
+        store_kv(torch.ones(1, 2, 4, dtype=dtype), torch.ones(1, 2, 4, dtype=dtype), cache, cache, batch.new_slots)
+
+
+def test_angles_for_a_part_of_the_head_are_refused() -> None:
+    with pytest.raises(RuntimeError):
+        llmopt_kernels.rotary(torch.randn(5, 2, 16), torch.randn(5, 8), torch.randn(5, 8))
+
+
+@pytest.mark.parametrize("use_compiled", [False, pytest.param(True, marks=compiled)], ids=["torch", "compiled"])
+def test_a_request_of_nan_does_not_spoil_its_neighbours(use_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not use_compiled:
+        monkeypatch.setattr(cpu, "fits", lambda *_: False)
+    batch = PagedBatch([Span(1, 4, [0]), Span(1, 2, [1])], 4, torch.device("cpu"))
+    cache = torch.randn(8, 1, 8)
+    cache[:4] = float("nan")
+    cache[6:] = float("nan")  # slots that the healthy request has not reached yet
+    found = paged_attention(torch.randn(2, 1, 8), cache, cache, batch, 1.0)
+    assert found[0].isnan().all()
+    assert found[1].isfinite().all()
 
 
 def test_new_slots_and_positions_follow_the_block_table() -> None:

@@ -31,6 +31,18 @@ FAMILIES: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("Phi3", {}, {"attention": 0, "mlp": 0, "norm": 5}),  # one merged projection already
     ("Granite", {"attention_multiplier": 0.3, "logits_scaling": 2.0}, {"attention": 2, "mlp": 2, "norm": 5}),
     ("Mixtral", {"num_local_experts": 4}, {"attention": 2, "mlp": 0, "norm": 5}),  # stacked experts
+    ("Nemotron", {"partial_rotary_factor": 0.5}, {"attention": 0, "mlp": 0, "norm": 0}),  # turns half of each head
+    (
+        "Glm4Moe",
+        {"head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2},
+        {"attention": 0, "mlp": 2, "norm": 5},
+    ),
+    ("Olmo", {"clip_qkv": 8.0}, {"attention": 0, "mlp": 2, "norm": 0}),  # clamps large queries
+    (
+        "SmolLM3",
+        {"num_hidden_layers": 6, "pad_token_id": 6},
+        {"attention": 5, "mlp": 6, "norm": 13},
+    ),  # one turns nothing
     ("GPTNeoX", {"num_key_value_heads": 4}, {"attention": 0, "mlp": 0, "norm": 0}),
 ]
 
@@ -52,11 +64,29 @@ def test_logits_equal_transformers(
     assert loaded.fused == fused
 
 
+@pytest.mark.parametrize(("family", "changes", "fused"), FAMILIES)
+def test_logits_in_bfloat16_are_as_close_as_transformers_own(
+    tiny: Callable[..., Path], family: str, changes: dict[str, Any], fused: dict[str, int]
+) -> None:
+    """Against float32, which both approximate: no more than one and a half times transformers' own error."""
+    folder = tiny(family, **changes)
+    ids = torch.arange(10, 14)[None]
+    with torch.inference_mode():
+        exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()(ids).logits
+        ours = load_model(Checkpoint.open(folder), "bfloat16", "cpu").model(
+            input_ids=ids, position_ids=torch.arange(4)[None], use_cache=False
+        )
+    assert (ours.logits - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
         ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16}, "soft-capped"),
         ("GptOss", {"head_dim": 16, "num_local_experts": 4}, "sinks"),
+        ("Llama4Text", {"attention_chunk_size": 8, "num_local_experts": 2, "head_dim": 16}, "by its mask alone"),
+        ("Qwen2Moe", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "by its mask alone"),
         ("Falcon", {}, "attention interface"),
         (
             "Qwen3Next",
@@ -107,6 +137,24 @@ def test_missing_and_surplus_tensors_are_named(tiny: Callable[..., Path], tmp_pa
         load_model(Checkpoint.open(folder))
 
 
+def test_tied_tensors_that_are_stored_apart_and_differ_are_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy_of(tiny("Llama", tie_word_embeddings=True), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+    assert load_model(Checkpoint.open(folder), "float32", "cpu")
+    save_file(tensors | {"lm_head.weight": head + 1}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="stores both, and they differ"):
+        load_model(Checkpoint.open(folder), "float32", "cpu")
+
+
+def test_a_wrong_config_value_is_one_sentence(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_model(Checkpoint.open(copy_of(tiny("Llama"), tmp_path / "a", rms_norm_eps="abc")))
+    with pytest.raises(ModelError, match="nonesuch"):
+        load_model(Checkpoint.open(copy_of(tiny("Llama"), tmp_path / "b", hidden_act="nonesuch")))
+
+
 def test_a_tensor_of_another_shape_is_named(tiny: Callable[..., Path], tmp_path: Path) -> None:
     folder = copy_of(tiny("Llama"), tmp_path / "m", intermediate_size=128)
     with pytest.raises(CheckpointError, match="has shape"):
@@ -117,5 +165,6 @@ def test_unknown_dtype_and_absent_gpu_are_usage_errors(tiny: Callable[..., Path]
     checkpoint = Checkpoint.open(tiny("Llama"))
     with pytest.raises(UsageError, match="int3"):
         load_model(checkpoint, dtype="int3")
-    with pytest.raises(UsageError, match="toaster"):
-        load_model(checkpoint, device="toaster")
+    for device in ("toaster", "meta", "mps", "cuda:99"):
+        with pytest.raises(UsageError, match=device):
+            load_model(checkpoint, device=device)

@@ -34,9 +34,10 @@ CHUNK = 128  # columns whose codes ops.cpp takes at a time; groups must be whole
 TILE = 2**20  # weights unpacked at a time: a copy of a whole layer would fall out of the cache, and cost page faults
 
 
-def fits(x: Tensor) -> bool:
-    """Whether the compiled ops can take `x`: on the CPU, float32 or bfloat16, and there is a library."""
-    return x.device.type == "cpu" and x.dtype in SUFFIX and library() is not None
+def fits(x: Tensor, *others: Tensor) -> bool:
+    """Whether the compiled ops can take these: on the CPU, all float32 or all bfloat16, and there is a library."""
+    alike = x.device.type == "cpu" and x.dtype in SUFFIX and all(other.dtype == x.dtype for other in others)
+    return alike and library() is not None
 
 
 @cache
