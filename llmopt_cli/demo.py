@@ -89,12 +89,12 @@ class Demo:
         if model == "demo":
             return Row(name, weight_bytes(model), 1.0, 0.0, 1.0, tokens_per_s)
         folder = self._folder / model
-        quality = json.loads((folder / "quality.json").read_text())
+        quality = json.loads((folder / "quality.json").read_text())["quality"]
         return Row(
             name,
             weight_bytes(str(folder)),
             quality["perplexity_ratio"]["value"],
-            quality["mean_kl"]["value"],
+            quality["kl_mean"]["value"],
             quality["top1_agreement"]["value"],
             tokens_per_s,
         )
@@ -116,8 +116,8 @@ def verdict(rows: list[Row]) -> list[str]:
     cache = last_level_cache()
     if cache and base.weight_bytes < cache:
         sentences.append(
-            f"why      the {base.weight_bytes / 1e6:.1f} MB of this model lie in the CPU's {cache / 2**20:.0f} MiB cache, "
-            "so reading fewer bytes saves little; larger models decode at the speed of memory"
+            f"why      all {base.weight_bytes / 1e6:.1f} MB of it lie in the CPU's {cache / 2**20:.0f} MiB cache, so reading "
+            "fewer bytes saves little; larger models decode at the speed of memory"
         )
     return sentences
 

@@ -6,7 +6,7 @@ Options that a recipe holds too default to None, "not given": a flag wins over t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,3 +35,18 @@ BlockSizeOpt = Annotated[int | None, typer.Option("--block-size", min=1, help="T
 KvMemoryOpt = Annotated[
     int | None, typer.Option("--kv-cache-memory-bytes", min=1, help="Bytes of KV cache; by default what is free.")
 ]
+
+RECIPE_FLAGS = (  # the parameters of the options above that are fields of a recipe or of its batching
+    "dtype",
+    "device",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "kv_cache_memory_bytes",
+)
+
+
+def recipe_flags(context: typer.Context) -> dict[str, Any]:
+    """The values of RECIPE_FLAGS on a command that has all of them, for `Recipe.resolve`; None is "not given"."""
+    return {name: context.params[name] for name in RECIPE_FLAGS}

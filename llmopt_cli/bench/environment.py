@@ -69,9 +69,12 @@ def _versions() -> dict[str, str]:
 
 
 def _commit(root: Path) -> str | None:
-    """The commit of a checkout, `-dirty` if files were changed; None for an installed package."""
+    """The commit of a checkout, `-dirty` if files were changed; None for an installed package or without git."""
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return None
     return done.stdout.strip() or None

@@ -17,7 +17,8 @@ from llmopt_cli.spec.result import Environment, Result, read_results
 HEAD = """# Results
 
 Every measurement is a line of JSON in this folder: what ran, on which machine, with which versions, and all figures.
-Lines are only added: `llmopt bench` and the other verbs add them, to `./results` unless `--results` says otherwise.
+Lines are only added: `llmopt bench` and `python -m llmopt_cli.bench.startup` add them, to the folder that `--results`
+names or else to `./results`.
 This index is generated from them by `python -m llmopt_cli.bench.report results/`. A figure holds for its machine only.
 """
 COLUMNS = ("date", "machine", "what", "figures", "command")
@@ -76,7 +77,8 @@ def report(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The folder of the *.jsonl files.")],
 ) -> None:
     """Write README.md into a results folder."""
-    (folder / "README.md").write_text(index(folder), encoding="utf-8")
+    # A command line may hold bytes that are no text.
+    (folder / "README.md").write_text(index(folder), encoding="utf-8", errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -57,15 +57,15 @@ class Session:
         async with self.target:
             source = read_source(self.target.encode)
             for workload in self.workloads:
+                if stop.is_set():
+                    break
                 nonce = secrets.token_hex(4) if self.target.remembers else workload.arrivals.label
                 bench = Bench(workload, source, nonce, progress, stop)
                 metrics = await (bench.pairs(self.target, self.baseline) if self.baseline else bench.alone(self.target))
                 if not metrics["completed"] + metrics["failed"]:
                     break  # stopped before a single request ended: there is nothing to keep
                 results.append(self._result(workload, {"nonce": nonce} | metrics, partial=stop.is_set()))
-                results[-1].append(self.results)
-                if stop.is_set():
-                    break
+                results[-1].save(self.results)
         return results
 
     def _result(self, workload: Workload, metrics: dict[str, Any], *, partial: bool) -> Result:

@@ -17,7 +17,7 @@ import typer
 from llmopt_cli.bench.environment import fingerprint
 from llmopt_cli.errors import LlmoptError
 from llmopt_cli.output import Output, error_boundary, lines
-from llmopt_cli.spec.result import Result
+from llmopt_cli.spec.result import Result, check_writable
 
 COMMANDS = {"help_s": ["--help"], "estimate_s": ["estimate", "--model", "70b", "--gpu", "a100"]}
 REPEATS = 7
@@ -30,6 +30,7 @@ def startup(
 ) -> None:
     """Measure the wall time of `llmopt --help` and `llmopt estimate`."""
     out = Output()
+    check_writable(results, "startup")
     metrics: dict[str, float] = {}
     for name, arguments in COMMANDS.items():
         times = [wall_time(arguments) for _ in range(REPEATS)]
@@ -42,7 +43,7 @@ def startup(
         environment=fingerprint(),
         metrics=metrics | {"repeats": REPEATS},
     )
-    path = result.append(results)
+    path = result.save(results)
     out.result(metrics, lambda: lines([(name, f"{value:.3f}") for name, value in metrics.items()]))
     out.note(f"added to {path}")
 

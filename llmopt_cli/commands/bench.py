@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +13,7 @@ import typer
 
 from llmopt_cli.errors import ServerError, UnknownNameError, UsageError
 from llmopt_cli.options import (
+    RECIPE_FLAGS,
     BlockSizeOpt,
     DeviceOpt,
     DtypeOpt,
@@ -25,6 +26,7 @@ from llmopt_cli.options import (
     RecipeModelArg,
     RecipeOpt,
     TrustOpt,
+    recipe_flags,
 )
 from llmopt_cli.output import Output
 
@@ -54,7 +56,13 @@ BurstinessOpt = Annotated[
     typer.Option("--burstiness", help="Coefficient of variation of the gaps under --rate: 0 even, 1 Poisson."),
 ]
 NumRequestsOpt = Annotated[
-    int | None, typer.Option("--num-requests", "--num-prompts", min=1, help="How many to count.")
+    int | None,
+    typer.Option(
+        "--num-requests",
+        "--num-prompts",
+        min=1,
+        help="How many to count. Default: the workload's, but at least 4 for each place of --concurrency.",
+    ),
 ]
 ResultsOpt = Annotated[Path, typer.Option("--results", help="Folder to which bench.jsonl the result is added.")]
 AgainstOpt = Annotated[
@@ -63,9 +71,12 @@ AgainstOpt = Annotated[
 SeedOpt = Annotated[int | None, typer.Option("--seed", help="Seed of lengths, texts and times, for the workload's.")]
 
 FAILURES_ALLOWED = 0.01
+ENGINE_ONLY = {*RECIPE_FLAGS, "recipe", "against"}
+SERVER_ONLY = {"served_model_name", "api_key"}
 
 
 def bench(
+    context: typer.Context,
     model: RecipeModelArg = None,
     workload: WorkloadOpt = "chat",
     concurrency: ConcurrencyOpt = None,
@@ -74,7 +85,7 @@ def bench(
     num_requests: NumRequestsOpt = None,
     against: AgainstOpt = None,
     base_url: BaseUrlOpt = None,
-    served_model: ServedOpt = None,
+    served_model_name: ServedOpt = None,
     api_key: KeyOpt = None,
     results: ResultsOpt = Path("results"),
     recipe: RecipeOpt = None,
@@ -97,29 +108,22 @@ def bench(
     RESULTS/bench.jsonl.
     """
     from llmopt_cli.spec.recipe import Recipe
+    from llmopt_cli.spec.result import check_writable
 
     out = Output(as_json=as_json, quiet=quiet)
-    flags = {
-        "dtype": dtype,
-        "device": device,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "block_size": block_size,
-        "kv_cache_memory_bytes": kv_cache_memory_bytes,
-    }
     loads = _loads(workload, concurrency, rate, burstiness, num_requests, seed)
-    _check(flags | {"recipe": recipe}, against, loads, base_url, served_model)
-    deployment = Recipe.resolve(recipe, model=model, **flags)
+    _check(_typed(context), loads, against, base_url, model)
+    deployment = Recipe.resolve(recipe, model=model, **recipe_flags(context))
+    check_writable(results, "bench")
     from llmopt_cli.bench.run import Session  # torch comes in here, once all is found right
 
-    environment = _look_around(out)
+    environment, command = _look_around(loads, out), _command_line(api_key)
     if base_url is None:
         target, baseline = _open_engine(deployment, trust_remote_code, with_baseline=against is not None, out=out)
-        session = Session(target, loads, deployment, environment, _command_line(None), results, baseline)
+        session = Session(target, loads, deployment, environment, command, results, baseline)
     else:
-        target = _open_server(base_url, served_model, api_key, model, trust_remote_code)
-        session = Session(target, loads, None, environment, _command_line(api_key), results)
+        target = _open_server(base_url, served_model_name, api_key, model, trust_remote_code)
+        session = Session(target, loads, None, environment, command, results)
     _tell(out, session.run(out.progress), results)
 
 
@@ -147,7 +151,8 @@ def _loads(
         )
         if rate is not None:
             return [base.with_load(rate=rate)]
-        return [base.with_load(concurrency=count) for count in _numbers(concurrency)] or [base]
+        loads = [base.with_load(concurrency=count) for count in _numbers(concurrency)]
+        return (loads if num_requests else [load.steady() for load in loads]) or [base]
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -159,29 +164,43 @@ def _numbers(text: str | None) -> list[int]:
         raise UsageError(f"--concurrency takes numbers, not `{text}`", "for example `--concurrency 1,8,32`") from None
 
 
+def _typed(context: typer.Context) -> list[str]:
+    """The parameters that stand on the command line: a key that only lies in the environment is none of them."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
 def _check(
-    engine_flags: Mapping[str, object],
-    against: str | None,
-    loads: Sequence[Workload],
-    base_url: str | None,
-    served_model: str | None,
+    typed: Sequence[str], loads: Sequence[Workload], against: str | None, base_url: str | None, model: str | None
 ) -> None:
     """Refuse flags that would have no effect, before anything is loaded."""
     if against not in (None, "transformers"):
         raise UnknownNameError("baseline", against, ["transformers"])
     if against and loads[0].arrivals.rate:
         raise UsageError("--against compares engines under full load", "leave --rate out")
-    if base_url is None and served_model is not None:
-        raise UsageError("--served-model-name is a name on a server", "give the server's --base-url")
-    given = [name for name, value in {**engine_flags, "against": against}.items() if value is not None]
-    if base_url is not None and given:
-        raise UsageError(f"--{given[0].replace('_', '-')} is for an engine in this process", "leave --base-url out")
+    if "burstiness" in typed and loads[0].arrivals.rate is None:
+        raise UsageError("--burstiness is about the gaps of an open loop", "give a --rate")
+    if "trust_remote_code" in typed and base_url is not None and model is None:
+        raise UsageError("--trust-remote-code is about the code of a MODEL", "name the MODEL the server runs")
+    for name in typed:
+        flag = f"--{name.replace('_', '-')}"
+        if name in SERVER_ONLY and base_url is None:
+            raise UsageError(f"{flag} is for a server", "give the server's --base-url")
+        if name in ENGINE_ONLY and base_url is not None:
+            raise UsageError(f"{flag} is for an engine in this process", "leave --base-url out")
 
 
-def _look_around(out: Output) -> Environment:
-    """The machine as it is before we load it; warns if others do."""
+def _look_around(loads: Sequence[Workload], out: Output) -> Environment:
+    """The machine as it is before we load it; warns if others do, or if a load is too short to tell much."""
     from llmopt_cli.bench.environment import fingerprint, spinning
+    from llmopt_cli.spec.workload import FEWEST_ROUNDS
 
+    for load in loads:
+        if load.rounds < FEWEST_ROUNDS:
+            out.warn(
+                f"{load.num_requests} requests at {load.arrivals.label} are never that many at once but at the start: "
+                f"give --num-requests {FEWEST_ROUNDS * (load.arrivals.concurrency or 0)} or more"
+            )
     environment = fingerprint()
     if warning := spinning(environment):
         out.warn(warning)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmopt_cli.estimate.figures import plain
 from llmopt_cli.options import JsonOpt, MaxModelLenOpt, RecipeOpt
 from llmopt_cli.output import Output, lines, table
 from llmopt_cli.spec.hardware import GB, GIB
@@ -140,9 +140,9 @@ def _render(plan: Plan, wanted: Recipe) -> list[RenderableType]:
 
 def _meaning(question: Question, wanted: Recipe) -> str:
     spec, gpu, scheme, load = question.spec, question.hardware, question.scheme, question.load
-    size = f"{spec.num_params / 1e9:,.3g} B parameters"
+    size = f"{plain(spec.num_params / 1e9, 3)} B parameters"
     if spec.experts:
-        size += f", {spec.num_active_params / 1e9:,.3g} B of them for a token"
+        size += f", {plain(spec.num_active_params / 1e9, 3)} B of them for a token"
     heads = f"{spec.num_heads} heads, {spec.num_kv_heads} KV heads"
     memory = f"{gpu.memory_gib:g} GiB usable of {gpu.memory_gb:g} GB, {gpu.bandwidth_gb_s:,.0f} GB/s"
     batch = f", {question.needed} in one batch" if question.needed < load.concurrency else ""
@@ -165,7 +165,7 @@ def _comparison_table(comparisons: list[Comparison], gpus: int) -> RenderableTyp
 
 
 def _amount(value: float, unit: str) -> str:
-    return f"{value / GB:,.4g} GB" if unit == "bytes" else f"{value * 1e3:,.3g} ms"
+    return f"{plain(value / GB, 4)} GB" if unit == "bytes" else f"{plain(value * 1e3, 3)} ms"
 
 
 def _gpus(count: int) -> str:
@@ -222,21 +222,20 @@ def _speed_lines(plan: Plan) -> str:
     )
 
 
-def _with_band(seconds: float, band: Band) -> str:
-    low, high = seconds * (1 - band.median_error) * 1e3, seconds * (1 + band.median_error) * 1e3
-    return f"{seconds * 1e3:,.4g} ms ({low:,.3g} to {high:,.3g}: +-{band.median_error:.0%}, {band.basis})"
+def _with_band(seconds: float, band: Band | None) -> str:
+    said = f"{plain(seconds * 1e3, 4)} ms"
+    if band is None:
+        return f"{said} (no error band, see the note)"
+    low, high = (plain(seconds * 1e3 * (1 + sign * band.median_error), 3) for sign in (-1, 1))
+    return f"{said} ({low} to {high}: +-{band.median_error:.0%}, {band.basis})"
 
 
 def _cost_lines(plan: Plan, gpus: int, tokens_per_s: float) -> list[tuple[str, str]]:
     price, cost = plan.question.price, plan.usd_per_1k
     if price is None or cost is None:
         return [("cost", "no price of this GPU is in the catalogue; give one with --gpu-price")]
-    formula = f"${price.usd_per_hour * gpus:,.2f}/h x {1000 / tokens_per_s:,.3g} s per 1K / 3600"
+    formula = f"${price.usd_per_hour * gpus:,.2f}/h x {plain(1000 / tokens_per_s, 3)} s per 1K / 3600"
     return [
-        ("cost", f"{_usd(cost)} per 1K output tokens = {formula}; {_usd(cost * 1e3)} per 1M"),
+        ("cost", f"${plain(cost, 3)} per 1K output tokens = {formula}; ${plain(cost * 1e3, 3)} per 1M"),
         ("price", f"${price.usd_per_hour:,.2f} an hour for one: {price.source}"),
     ]
-
-
-def _usd(value: float) -> str:
-    return f"${Decimal(f'{value:.3g}'):f}"  # a float would turn to 9.5e-05

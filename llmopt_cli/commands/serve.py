@@ -19,10 +19,14 @@ from llmopt_cli.options import (
     RecipeModelArg,
     RecipeOpt,
     TrustOpt,
+    recipe_flags,
 )
 from llmopt_cli.output import Output, lines
 
-NameOpt = Annotated[str | None, typer.Option("--served-model-name", help="The name clients ask for. Default: MODEL.")]
+NameOpt = Annotated[
+    str | None,
+    typer.Option("--served-model-name", help="The name clients ask for. Default: the folder's name or the hub id."),
+]
 KeyOpt = Annotated[
     str | None, typer.Option("--api-key", envvar="LLMOPT_API_KEY", help="Let in only requests that carry this key.")
 ]
@@ -37,6 +41,7 @@ DrainOpt = Annotated[
 
 
 def serve(
+    context: typer.Context,
     model: RecipeModelArg = None,
     host: HostOpt = "127.0.0.1",
     port: PortOpt = 8000,
@@ -61,19 +66,9 @@ def serve(
     from llmopt_cli.server.service import Settings
     from llmopt_cli.spec.recipe import Recipe
 
-    deployment = Recipe.resolve(
-        recipe,
-        model=model,
-        dtype=dtype,
-        device=device,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-    )
+    deployment = Recipe.resolve(recipe, model=model, **recipe_flags(context))
     settings = Settings(
-        model_name=served_model_name or deployment.model,
+        served_model_name=served_model_name,
         host=host,
         port=port,
         api_key=api_key,

@@ -11,7 +11,7 @@ from typing import Any
 from llmopt_cli.errors import UsageError
 from llmopt_cli.estimate.constants import VLLM
 from llmopt_cli.estimate.cost import usd_per_tokens
-from llmopt_cli.estimate.latency import TTFT, Band, StepModel, tpot_band
+from llmopt_cli.estimate.latency import Band, StepModel, tpot_band, ttft_band
 from llmopt_cli.estimate.memory import Budget, budget, kv_sequence_bytes
 from llmopt_cli.estimate.rules import Comparison, side_by_side
 from llmopt_cli.spec.catalog import find_gpu, find_model
@@ -66,7 +66,7 @@ class Speed:
     batch: int
     prefill: float
     ttft: float
-    ttft_band: Band
+    ttft_band: Band | None
     tpot: float
     tpot_band: Band
 
@@ -165,15 +165,15 @@ def answer(question: Question) -> Plan:
     shown = recommended or fits[-1]
     load = question.load
     step = StepModel(question.spec, question.hardware, question.scheme, shown.gpus)
-    speed = _speed(step, load, min(question.needed, shown.max_requests)) if recommended else None
+    batch = min(question.needed, shown.max_requests)
     return Plan(
         question=question,
         comparisons=side_by_side(step, shown.budget, question.needed, load.input_len, load.output_len),
         fits=fits,
         recommended=recommended,
         smaller=_smaller(question, recommended),
-        speed=speed,
-        caveats=_caveats(question, shown),
+        speed=_speed(step, load, batch) if recommended else None,
+        caveats=_caveats(question, shown, batch),
     )
 
 
@@ -266,13 +266,13 @@ def _speed(step: StepModel, load: Load, batch: int) -> Speed:
         batch=batch,
         prefill=step.prefill(load.input_len),
         ttft=step.ttft(batch, load.input_len),
-        ttft_band=TTFT,
+        ttft_band=ttft_band(step.spec),
         tpot=step.tpot(batch, load.input_len, load.output_len),
         tpot_band=tpot_band(step.spec),
     )
 
 
-def _caveats(question: Question, fit: Fit) -> list[str]:
+def _caveats(question: Question, fit: Fit, batch: int) -> list[str]:
     """What the figures leave out, for this question."""
     spec, hardware, scheme = question.spec, question.hardware, question.scheme
     known = (
@@ -283,8 +283,14 @@ def _caveats(question: Question, fit: Fit) -> list[str]:
         ),
         (fit.gpus >= 8, "on 8 GPUs the closed form was 16 % too fast for vLLM"),
         (
-            0 < fit.max_requests < question.needed,
-            f"speed and cost are those of the {fit.max_requests} requests in memory; the others wait, TTFT aside",
+            0 < batch < question.load.concurrency,
+            f"speed and cost are those of the {batch:,} requests that run at once; the others wait for a place, and "
+            "TTFT leaves that wait out",
+        ),
+        (
+            batch > 0 and spec.experts is not None,
+            "the closed form's TTFT is unproven for experts: on 51 published runs under SGLang and TensorRT-LLM it was "
+            "60 % too short",
         ),
         (
             not scheme.weight_only and hardware.fp8_tflops is None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from llmopt_cli.estimate.figures import plain
 from llmopt_cli.estimate.latency import StepModel
 from llmopt_cli.estimate.memory import KV_BYTES, Budget, kv_sequence_bytes, kv_values_per_layer
 from llmopt_cli.spec.hardware import GB
@@ -17,7 +18,7 @@ from llmopt_cli.spec.model import ModelSpec
 OVERHEAD = (1.2, 1.3)  # activations and the rest: 20-30 % on top of weights and KV cache
 
 
-def weight_bytes(num_params: float, bits: float) -> float:
+def parameter_bytes(num_params: float, bits: float) -> float:
     """Parameters x bytes."""
     return num_params * bits / 8
 
@@ -59,7 +60,7 @@ class Comparison:
 def side_by_side(step: StepModel, budget: Budget, batch: int, input_len: int, output_len: int) -> list[Comparison]:
     """The rules for `batch` requests on the GPUs of `step`, each beside the exact figure for all of them together."""
     spec, gpus, length = step.spec, step.tp, input_len + output_len
-    weights = weight_bytes(spec.num_params, step.scheme.weight_bits)
+    weights = parameter_bytes(spec.num_params, step.scheme.weight_bits)
     kv = kv_bytes(spec.num_layers, spec.hidden_size, length, batch)
     token = seconds_per_token(weights, gpus * step.hardware.bandwidth)
     rule_kv = (
@@ -82,7 +83,7 @@ def side_by_side(step: StepModel, budget: Budget, batch: int, input_len: int, ou
         Comparison(
             "time per token, one request",
             "seconds",
-            _one(f"{weights / GB:,.4g} GB / ({gpus} x {step.hardware.bandwidth_gb_s:,.0f} GB/s)", token),
+            _one(f"{plain(weights / GB, 4)} GB / ({gpus} x {step.hardware.bandwidth_gb_s:,.0f} GB/s)", token),
             _one("bytes / (efficiency x bandwidth) + launches + all-reduces", step.tpot(1, input_len, output_len)),
         ),
     ]

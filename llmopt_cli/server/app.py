@@ -118,6 +118,7 @@ def create_app(service: Service) -> FastAPI:
             yield
 
     app = FastAPI(title="llmopt", version=__version__, lifespan=lifespan)
+    app.state.api_key = service.settings.api_key
     app.include_router(OpenAIApi(service).router)
     app.include_router(Probes(service).router)
     for kind in (ApiError, LlmoptError, RequestValidationError, HTTPException, ClientGoneError, Exception):

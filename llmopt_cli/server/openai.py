@@ -5,8 +5,8 @@ Knows the request bodies and the service; what is computed, and when, is the eng
 
 from __future__ import annotations
 
+import asyncio
 import json
-import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -14,11 +14,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from llmopt_cli.errors import LlmoptError
 from llmopt_cli.runtime.request import RequestOutput
+from llmopt_cli.server.guard import GuardedRoute
 from llmopt_cli.server.protocol import ApiError, ChatRequest, CompletionRequest, StreamOptions, model_card, usage
 from llmopt_cli.server.service import Service
 from llmopt_cli.server.streaming import EventStream, unless_gone
@@ -147,18 +148,11 @@ class OpenAIApi:
         self._service = service
         self._engine = service.engine.engine
         self._started = int(time.time())
-        self.router = APIRouter(prefix="/v1", dependencies=[Depends(self.check_key)])
+        self.router = APIRouter(prefix="/v1", route_class=GuardedRoute)
         self.router.add_api_route("/models", self.models, methods=["GET"])
         self.router.add_api_route("/models/{name:path}", self.model, methods=["GET"])
         self.router.add_api_route("/chat/completions", self.chat, methods=["POST"])
         self.router.add_api_route("/completions", self.completions, methods=["POST"])
-
-    async def check_key(self, request: Request) -> None:
-        """Raise a 401 unless the request carries the server's key."""
-        key = self._service.settings.api_key
-        given = request.headers.get("Authorization", "")
-        if key is not None and not secrets.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            raise ApiError(401, "this server wants its API key as `Authorization: Bearer KEY`", code="invalid_api_key")
 
     async def models(self) -> Response:
         """The one model that is served."""
@@ -172,18 +166,24 @@ class OpenAIApi:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         self._check_model(body.model)
-        prompt = self._engine.tokenizer.chat([message.turn() for message in body.messages])
+        turns = [message.turn() for message in body.messages]
+        prompt = await asyncio.to_thread(self._engine.tokenizer.chat, turns)  # a long one would hold up everybody
         return await self._answer(CHAT, body, [prompt], [""], request)
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue one or several texts."""
         self._check_model(body.model)
+        prompts, echoes = await asyncio.to_thread(self._encoded, body)
+        return await self._answer(COMPLETION, body, prompts, echoes, request)
+
+    def _encoded(self, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
+        """The token ids of every prompt, and what its answer echoes."""
         tokenizer = self._engine.tokenizer
         prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
         echoes = [""] * len(prompts)
         if body.echo:
             echoes = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in body.prompt]
-        return await self._answer(COMPLETION, body, prompts, echoes, request)
+        return prompts, echoes
 
     async def _answer(
         self,
@@ -195,7 +195,7 @@ class OpenAIApi:
     ) -> Response:
         params = [body.sampling(self._max_tokens(len(prompt), body.limit)) for prompt in prompts]
         outputs = self._service.run(prompts, params)
-        answer = Answer(face, self._service.settings.model_name, echoes)
+        answer = Answer(face, self._service.model_name, echoes)
         if not body.stream:
             return JSONResponse(await unless_gone(request.receive, answer.whole(outputs)))
         events = answer.events(outputs, body.stream_options or StreamOptions())
@@ -215,11 +215,11 @@ class OpenAIApi:
         return room if limit is None else limit
 
     def _check_model(self, name: str | None) -> None:
-        served = self._service.settings.model_name
+        served = self._service.model_name
         if name is not None and name != served:
             raise ApiError(
                 404, f"model `{name}` is not served here, but `{served}` is", param="model", code="model_not_found"
             )
 
     def _card(self) -> dict[str, Any]:
-        return model_card(self._service.settings.model_name, self._started, self._engine.max_model_len)
+        return model_card(self._service.model_name, self._started, self._engine.max_model_len)

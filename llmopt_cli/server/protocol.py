@@ -147,6 +147,10 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
+# Every new piece of text is searched for every stop string, on the thread that all requests share.
+StopString = Annotated[str, Field(max_length=1000)]
+
+
 class SamplingBody(Body):
     """What chat and text completions share. Ranges are checked by `SamplingParams`."""
 
@@ -155,7 +159,7 @@ class SamplingBody(Body):
     top_p: float = 1.0
     top_k: int = Field(0, lt=2**31)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[str], BeforeValidator(_listed)] = []
+    stop: Annotated[list[StopString], BeforeValidator(_listed), Field(max_length=16)] = []
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     stream: bool = False

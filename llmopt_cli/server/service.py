@@ -30,12 +30,20 @@ LONGEST_RETRY = 60
 class Settings:
     """How the server behaves towards its clients; how the model runs is the recipe's business. Times in seconds."""
 
-    model_name: str
+    served_model_name: str | None = None  # None: the checkpoint's own
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
     max_num_queued_reqs: int = 512
     shutdown_timeout: float = 30.0
+
+
+def retry_after(ends: Sequence[float]) -> int:
+    """Seconds until a place may be free: the mean gap between the times at which the latest requests ended."""
+    if len(ends) < 2:
+        return 1
+    gap = (ends[-1] - ends[0]) / (len(ends) - 1)
+    return min(max(math.ceil(gap), 1), LONGEST_RETRY)
 
 
 class Service:
@@ -44,7 +52,8 @@ class Service:
     def __init__(self, engine: AsyncEngine, settings: Settings) -> None:
         self.engine = engine
         self.settings = settings
-        self.metrics = Metrics(settings.model_name, engine.engine.max_model_len, engine.engine.stats)
+        self.model_name = settings.served_model_name or engine.engine.checkpoint.name
+        self.metrics = Metrics(self.model_name, engine.engine.max_model_len, engine.engine.stats)
         self.draining = False
         self.in_flight = 0
         self._most = engine.engine.batching.max_num_seqs + settings.max_num_queued_reqs
@@ -59,6 +68,8 @@ class Service:
         refuses it; a later one ServerError when the engine stops or dies.
         """
         self._admit(len(prompts))
+        if not self.in_flight:
+            self._ends.clear()  # the gap to an earlier busy time says nothing of this one
         self.in_flight += len(prompts)
         try:
             streams = [self._measured(ids, wanted) for ids, wanted in zip(prompts, params, strict=True)]
@@ -67,7 +78,7 @@ class Service:
                     yield item
         finally:
             self.in_flight -= len(prompts)
-            self._ends.extend([time.monotonic()] * len(prompts))
+            self._ends.append(time.monotonic())
 
     def _admit(self, count: int) -> None:
         if self.draining:
@@ -81,15 +92,8 @@ class Service:
                 429,
                 f"{self.in_flight} requests run or wait and at most {self._most} may; try again later",
                 code="queue_full",
-                retry_after=self._retry_after(),
+                retry_after=retry_after(self._ends),
             )
-
-    def _retry_after(self) -> int:
-        """Seconds until a place may be free: the mean gap between the latest ends."""
-        if not self._ends:
-            return 1
-        gap = (time.monotonic() - self._ends[0]) / len(self._ends)
-        return min(max(math.ceil(gap), 1), LONGEST_RETRY)
 
     async def _measured(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[RequestOutput, None]:
         clock = RequestClock(self.metrics)

@@ -69,9 +69,9 @@ def find_model(text: str) -> ModelSpec:
     Raises UnknownNameError for a name that fits none, AmbiguousNameError for one that fits several.
     """
     path = BUNDLED.get(text) or Path(os.path.expanduser(text))
-    if path.is_file():
+    if os.path.isfile(path):  # not Path's: it raises for a name too long to be a file's
         return ModelSpec.from_hf(read_json(path), name=path.resolve().parent.name)
-    if (path / "config.json").is_file() or text.startswith((".", "/", "~")):
+    if os.path.isfile(path / "config.json") or text.startswith((".", "/", "~")):
         return ModelSpec.from_hf(read_json(path / "config.json"), name=text if text in BUNDLED else path.resolve().name)
     return _find("model", text, models(), see="llmopt models")
 

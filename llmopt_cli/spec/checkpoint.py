@@ -35,7 +35,10 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder that was found complete: config.json and safetensors files whose headers and sizes agree."""
+    """A model folder that was found complete: config.json and safetensors files whose headers and sizes agree.
+
+    `name` is the folder's, or the hub id: the snapshot of one lies in a folder named after its commit.
+    """
 
     name: str
     path: Path
@@ -52,8 +55,9 @@ class Checkpoint:
         path = BUNDLED.get(name) or Path(source).expanduser()
         if not path.is_dir():
             path = _download(name, revision)
-        config = read_json(path / "config.json")
-        return cls(name=name if name in BUNDLED else path.name, path=path, config=config, tensors=_headers(path))
+        elif name not in BUNDLED:
+            name = path.resolve().name  # that of `.` is empty
+        return cls(name=name, path=path, config=read_json(path / "config.json"), tensors=_headers(path))
 
     @cached_property
     def spec(self) -> ModelSpec:

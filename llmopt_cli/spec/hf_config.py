@@ -37,6 +37,10 @@ KEYS: dict[str, tuple[str, ...]] = {
     "shared_ffn_size": ("shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"),
     "num_shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
     "num_dense_layers": ("first_k_dense_replace", "moe_layer_start_index"),
+    "moe_layer_every": ("interleave_moe_layer_step",),
+    "sparse_layer_every": ("decoder_sparse_step",),
+    "full_layer_every": ("sliding_window_pattern",),
+    "first_sliding_layer": ("max_window_layers",),
     "kv_rank": ("kv_lora_rank",),
     "q_rank": ("q_lora_rank",),
     "nope_dim": ("qk_nope_head_dim",),
@@ -58,6 +62,10 @@ QKV_BIAS_BY_DEFAULT = _words("bloom gpt2 gpt_bigcode gpt_neox opt phi qwen2 qwen
 UNGATED = _words(
     "bloom codegen falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj mpt nemotron opt persimmon phi starcoder2 xglm"
 )
+# Families whose window is off unless `use_sliding_window` says otherwise.
+WINDOW_OFF_BY_DEFAULT = _words("""
+    deepseek_ocr2_text qwen2 qwen2_moe qwen2_vl qwen2_vl_text qwen2_5_omni_text qwen2_5_vl qwen2_5_vl_text qwen3
+    qwen3_moe smollm3""")
 # Every how many layers one attends to the whole context, in families whose older files do not list `layer_types`.
 FULL_LAYER_EVERY = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
 LINEAR_LAYERS = ("linear_attention", "conv", "mamba", "recurrent")
@@ -99,7 +107,7 @@ def read_spec(config: Mapping[str, Any], name: str) -> ModelSpec:
         tied_embeddings=bool(reader.config.get("tie_word_embeddings", reader.model_type in TIED_BY_DEFAULT)),
         qkv_bias=bool(reader.config.get("attention_bias", reader.model_type in QKV_BIAS_BY_DEFAULT)),
         gated_ffn=reader.model_type not in UNGATED,
-        sliding_window=reader.get("sliding_window") if sliding else None,
+        sliding_window=_window(reader) if sliding else None,
         num_sliding_layers=sliding,
         num_linear_layers=linear,
         experts=experts,
@@ -126,10 +134,20 @@ class _Reader:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise CheckpointError(f"config.json of `{self.name}` has `{key}: {value}` where a whole number belongs")
+                raise self._wrong(key, value, "whole number")
             if value:
                 return value
         return 0
+
+    def array(self, key: str) -> list[Any] | None:
+        """The list under `key`, None where the config is silent about it."""
+        value = self.config.get(key)
+        if value is not None and not isinstance(value, list):
+            raise self._wrong(key, value, "list")
+        return value
+
+    def _wrong(self, key: str, value: object, kind: str) -> CheckpointError:
+        return CheckpointError(f"config.json of `{self.name}` has `{key}: {value}` where a {kind} belongs")
 
     def need(self, fact: str) -> int:
         value = self.get(fact)
@@ -202,31 +220,51 @@ def _experts(reader: _Reader) -> Experts | None:
 
 def _num_dense_layers(reader: _Reader) -> int:
     """Layers without experts, from whichever of five ways the family uses to say so."""
-    config, layers = reader.config, reader.need("num_layers")
-    if isinstance(kinds := config.get("mlp_layer_types"), list):
-        return kinds.count("dense")
-    if isinstance(frequency := config.get("moe_layer_freq"), list):
-        return frequency.count(0)
-    if step := config.get("interleave_moe_layer_step"):
-        return layers - layers // int(step)
-    only_dense, step = config.get("mlp_only_layers") or (), int(config.get("decoder_sparse_step") or 1)
+    layers = reader.need("num_layers")
+    if kinds := reader.array("mlp_layer_types"):
+        return kinds[:layers].count("dense")
+    if isinstance(frequency := reader.config.get("moe_layer_freq"), list):  # DeepSeek has a number there
+        return frequency[:layers].count(0)
+    if step := reader.get("moe_layer_every"):
+        return layers - layers // step
+    only_dense, step = reader.array("mlp_only_layers") or (), reader.get("sparse_layer_every") or 1
     sparse = [layer for layer in range(layers) if (layer + 1) % step == 0 and layer not in only_dense]
-    return max(reader.get("num_dense_layers"), layers - len(sparse))
+    return max(min(reader.get("num_dense_layers"), layers), layers - len(sparse))
 
 
 def _layer_counts(reader: _Reader) -> tuple[int, int]:
-    """(sliding, linear) layers."""
-    config, layers = reader.config, reader.need("num_layers")
-    kinds = config.get("layer_types")
-    if isinstance(kinds, list):
-        kinds = kinds[:layers]  # some files list the prediction heads' layers too
-        sliding = kinds.count("sliding_attention") if reader.get("sliding_window") else 0
-        return sliding, sum(kinds.count(kind) for kind in LINEAR_LAYERS)
-    if not reader.get("sliding_window") or config.get("use_sliding_window") is False:
-        return 0, 0
-    if config.get("use_sliding_window") and isinstance(first := config.get("max_window_layers"), int):
-        return max(0, layers - first), 0
+    """(sliding, linear) layers; raises CheckpointError where no layer has attention of the ordinary kind."""
+    layers, kinds = reader.need("num_layers"), reader.array("layer_types")
+    if not kinds:
+        return _num_sliding_layers(reader, layers), 0
+    kinds = kinds[:layers]  # some files list the prediction heads' layers too
+    linear = sum(kinds.count(kind) for kind in LINEAR_LAYERS)
+    if linear == layers:
+        raise CheckpointError(
+            f"`{reader.name}` has no layer that keeps keys and values", "models without attention are not served"
+        )
+    return kinds.count("sliding_attention") if _window(reader) else 0, linear
+
+
+def _window(reader: _Reader) -> int:
+    """Tokens of the sliding window, 0 where there is none or it is switched off."""
+    on = reader.config.get("use_sliding_window")
+    if on is None:
+        on = reader.model_type not in WINDOW_OFF_BY_DEFAULT
+    return reader.get("sliding_window") if on else 0
+
+
+def _num_sliding_layers(reader: _Reader, layers: int) -> int:
+    """Sliding layers, where `layer_types` does not list them."""
+    config = reader.config
+    if not _window(reader):
+        return 0
+    if config.get("use_sliding_window") and (first := reader.get("first_sliding_layer")):
+        return max(0, layers - first)
     if isinstance(pattern := config.get("hybrid_layer_pattern"), list):
-        return pattern[:layers].count(1), 0
-    every = config.get("sliding_window_pattern") or FULL_LAYER_EVERY.get(reader.model_type)
-    return layers - layers // int(every) if every else layers, 0
+        return pattern[:layers].count(1)
+    cycle = config.get("sliding_window_pattern")
+    if isinstance(cycle, str) and set(cycle) == {"L", "G"}:  # EXAONE: local and global layers in turn
+        return sum(cycle[layer % len(cycle)] == "L" for layer in range(layers))
+    every = reader.get("full_layer_every") or FULL_LAYER_EVERY.get(reader.model_type)
+    return layers - layers // every if every else layers

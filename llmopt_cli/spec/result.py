@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Self
 
-from llmopt_cli.errors import ConfigFileError
+from llmopt_cli.errors import ConfigFileError, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Environment:
 class Result:
     """One run. `recipe`, `workload` and `metrics` are plain records: a line outlives the code that wrote it.
 
-    `metrics` names its units (`_ms`, `_s`); `predicted` uses the names of `metrics`. A `partial` run was interrupted.
+    `metrics` names its units (`_ms`, `_s`). A `partial` run was interrupted.
     """
 
     verb: str
@@ -49,37 +51,56 @@ class Result:
     metrics: Mapping[str, Any]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     workload: Mapping[str, Any] = field(default_factory=dict)
-    predicted: Mapping[str, Any] | None = None
     partial: bool = False
 
-    def append(self, folder: Path) -> Path:
-        """Add this run as a line to `folder`/<verb>.jsonl, which is made if it is not there.
+    def save(self, folder: Path) -> Path:
+        """Add this run as a line to `folder`/<verb>.jsonl, which is made if it is not there; may raise UsageError.
 
         One write to a file opened for appending: lines of processes that run side by side never mix.
         """
-        line = json.dumps(asdict(self), ensure_ascii=False, allow_nan=False) + "\n"
-        folder.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(asdict(self), allow_nan=False) + "\n"  # in ASCII, so that no text of a run can end a line
         path = folder / f"{self.verb}.jsonl"
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, line.encode())
-        finally:
-            os.close(file)
+        with _writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(file, line.encode())
+            finally:
+                os.close(file)
         return path
 
     @classmethod
-    def parse(cls, line: str) -> Self:
+    def parse(cls, line: str | bytes) -> Self:
         """The run in one JSON line; raises ValueError or TypeError if it is none."""
         data = json.loads(line)
         return cls(**{**data, "environment": Environment(**data["environment"])})
 
 
+def check_writable(folder: Path, verb: str) -> None:
+    """Raise UsageError if `folder`/<verb>.jsonl could not be written: ask before measuring. Leaves nothing behind."""
+    path = folder / f"{verb}.jsonl"
+    with _writing(path):
+        if path.exists():
+            path.open("ab").close()
+        else:
+            TemporaryFile(dir=next(place for place in path.parents if place.exists())).close()
+
+
 def read_results(path: Path) -> list[Result]:
     """All runs of a file, oldest first; a line that is no result raises ConfigFileError."""
     results = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            results.append(Result.parse(line))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigFileError(f"`{path}`, line {number} is not a result: {error}") from None
+    with path.open("rb") as file:  # bytes: only a newline ends a line, and what is no UTF-8 is told with its line
+        for number, line in enumerate(file, start=1):
+            try:
+                results.append(Result.parse(line))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigFileError(f"`{path}`, line {number} is not a result: {error}") from None
     return results
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write `{path}`: {error.strerror}", "choose a folder with --results") from None

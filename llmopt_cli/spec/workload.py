@@ -1,7 +1,8 @@
 """`Workload`: who asks what and when. Lengths and arrival times are drawn here, so every verb sees the same traffic.
 
 Knows neither tokens nor text: `bench` fills the lengths with tokens, an estimator may integrate over them. Standard
-library only; the same seed draws the same requests, and the first N of a longer run are those of a shorter one.
+library only; the same seed draws the same requests, and the first N of a longer run are those of a shorter one, but for
+their times.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import ClassVar, Literal, NamedTuple, Self
 
 from llmopt_cli.spec.yaml_file import find_yaml, read_yaml, recipes_folder
+
+STEADY_ROUNDS = 4
+FEWEST_ROUNDS = 2  # with less, a closed loop is never full but at its start
 
 
 class Size(NamedTuple):
@@ -115,18 +120,30 @@ class Arrivals:
         return f"{self.rate:g} requests/s, CV {self.burstiness:g}"
 
     def offsets(self, count: int, seed: int) -> list[float]:
-        """Seconds after the start at which `count` requests of the open loop are due; the first at once.
+        """Seconds after the start at which `count` requests of the open loop are due.
 
-        The gaps follow a gamma law of mean 1/rate and shape 1/CV^2 (shape 1 is the exponential law of Poisson).
+        The first is due at once and the last at (count - 1)/rate, so that every run offers the rate it names: the gaps
+        follow a gamma law of shape 1/CV^2 (shape 1 is the exponential law of Poisson), scaled to that end. Bursty gaps
+        that were left alone would add up to anything. `count` requests can show a CV of at most sqrt(count - 2).
         """
         assert self.rate is not None, "a closed loop has no timetable"
-        rng = Random(f"{seed}/arrivals")
-        variance = self.burstiness**2
-        times = [0.0]
-        for _ in range(count - 1):
-            gap = rng.gammavariate(1 / variance, variance) if variance else 1.0
-            times.append(times[-1] + gap / self.rate)
-        return times
+        gaps = _gamma_gaps(count - 1, self.burstiness**2, Random(f"{seed}/arrivals"))
+        ends = list(accumulate(gaps, initial=0.0))
+        scale = (count - 1) / self.rate / (ends[-1] or 1.0)  # a single request has no gap
+        return [scale * end for end in ends]
+
+
+def _gamma_gaps(count: int, variance: float, rng: Random) -> list[float]:
+    """Draws of a gamma law of shape 1/`variance`, as multiples of the largest.
+
+    In logarithms, by Gamma(a) = Gamma(a + 1) * U^(1/a): most draws of a small shape are too small for a float.
+    """
+    if not variance:
+        return [1.0] * count
+    shape = 1 / variance
+    logs = [math.log(rng.gammavariate(shape + 1, 1)) + math.log(1 - rng.random()) / shape for _ in range(count)]
+    largest = max(logs, default=0.0)
+    return [math.exp(log - largest) for log in logs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +194,15 @@ class Workload:
     def with_load(self, *, concurrency: int | None = None, rate: float | None = None) -> Self:
         """The same requests under another load; `burstiness` stays."""
         return replace(self, arrivals=replace(self.arrivals, concurrency=concurrency, rate=rate))
+
+    @property
+    def rounds(self) -> float:
+        """How many requests follow each other in each place of a closed loop; no end of them in an open one."""
+        return self.num_requests / self.arrivals.concurrency if self.arrivals.concurrency else math.inf
+
+    def steady(self) -> Self:
+        """With enough requests for STEADY_ROUNDS, as its places empty one by one in the last of them."""
+        return replace(self, num_requests=max(self.num_requests, STEADY_ROUNDS * (self.arrivals.concurrency or 0)))
 
     def warm_up(self) -> Self:
         """The requests to send beforehand, all at once; `warmup` must not be 0."""

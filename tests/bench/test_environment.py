@@ -50,3 +50,9 @@ def test_commit_is_that_of_the_checkout_and_tells_changes(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("1")
     subprocess.run([*git, "add", "file"], check=True)
     assert _commit(tmp_path) == f"{found}-dirty"
+
+
+def test_without_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _commit(tmp_path) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 import socket
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from llmopt_cli.bench.http_target import HttpTarget, Tally
 from llmopt_cli.bench.metrics import Chunk, Reply
 from llmopt_cli.bench.prompts import Ask
-from llmopt_cli.errors import ServerError
+from llmopt_cli.errors import ServerError, UsageError
 from llmopt_cli.runtime import Engine, SamplingParams
 
 PROMPT = "Once upon a time there was"
@@ -70,10 +71,24 @@ def test_wherever_the_stream_is_cut_no_token_is_lost(cuts: list[int], told: bool
 
 
 def test_an_error_amid_the_stream_or_an_empty_answer_is_a_failure() -> None:
-    with pytest.raises(ServerError, match="gave up: out of blocks"):
-        tally(event("a"), 'data: {"error": {"message": "out of blocks"}}\n\n')
+    for error in ('{"message": "out of blocks"}', '"out of blocks"'):  # OpenAI's shape, and a flat one
+        with pytest.raises(ServerError, match="gave up: out of blocks"):
+            tally(event("a"), f'data: {{"error": {error}, "error_type": "overloaded"}}\n\n')
     with pytest.raises(ServerError, match="without a single token"):
         tally("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("item", ["7", '"a"', "{", '{"choices": 3}', '{"choices": ["a"]}', '{"usage": "many"}'])
+def test_an_event_in_no_known_shape_is_a_failure_with_its_words(item: str) -> None:
+    with pytest.raises(ServerError, match="no event of a completion: " + re.escape(item)):
+        tally(event("a"), f"data: {item}\n\n")
+
+
+def test_nulls_say_nothing_and_lose_no_token() -> None:
+    usage = '{"prompt_tokens": null, "completion_tokens": null, "prompt_tokens_details": {"cached_tokens": null}}'
+    choice = '{"index": 0, "text": "b", "logprobs": null}'
+    reply = tally(event("a"), f'data: {{"error": null, "choices": [{choice}], "usage": {usage}}}\n\n')
+    assert reply == Reply((Chunk(0, 1), Chunk(1, 1)), prompt_tokens=0)
 
 
 def send(target: HttpTarget, *asks: Ask) -> list[Reply]:
@@ -115,3 +130,16 @@ def test_nobody_there_is_one_sentence_with_a_hint() -> None:
         with pytest.raises(ServerError, match=r"no server answers at http://127\.0\.0\.1:") as caught:
             send(HttpTarget(f"http://127.0.0.1:{taken.getsockname()[1]}"))
     assert "llmopt serve" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "message"),
+    [
+        ("http://localhost:abc", None, "is no URL: Invalid port: 'abc'"),
+        ("http://localhost:99999", None, "is no URL: a port is at most 65535"),
+        ("http://localhost:8000", "schlüssel", "consists of ASCII characters"),
+    ],
+)
+def test_what_no_request_can_carry_is_refused(url: str, key: str | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        HttpTarget(url, api_key=key)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmopt_cli.bench.report import index
+from llmopt_cli.bench.report import index, report
 from llmopt_cli.errors import ConfigFileError
 from llmopt_cli.spec.result import Environment, Result
 
@@ -35,7 +35,7 @@ def test_committed_index_is_the_one_made_from_the_lines() -> None:
 
 def test_each_line_is_a_row_with_date_machine_what_figures_and_command(tmp_path: Path) -> None:
     for result in (BENCH, replace(BENCH, partial=True), STARTUP):
-        result.append(tmp_path)
+        result.save(tmp_path)
     rows = [line for line in index(tmp_path).splitlines() if line.startswith("| 2026")]
     assert rows == [
         "| 2026-01-02 | a CPU, 2 cores, 1 threads | demo on engine, chat, concurrency 8 | 1,234 output tok/s, 2.50 "
@@ -47,10 +47,16 @@ def test_each_line_is_a_row_with_date_machine_what_figures_and_command(tmp_path:
 
 
 def test_command_writes_the_index_and_says_so_when_a_line_is_broken(tmp_path: Path) -> None:
-    path = BENCH.append(tmp_path)
+    path = BENCH.save(tmp_path)
     command = [sys.executable, "-m", "llmopt_cli.bench.report", str(tmp_path)]
     subprocess.run(command, check=True)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == index(tmp_path)
     path.write_text("{}\n")
     with pytest.raises(ConfigFileError, match="line 1 is not a result"):
         index(tmp_path)
+
+
+def test_a_command_that_is_no_text_does_not_stop_the_index(tmp_path: Path) -> None:
+    replace(BENCH, command="llmopt bench --results r\udcff").save(tmp_path)
+    report(tmp_path)
+    assert r"--results r\udcff" in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Self
 
 import pytest
 from rich.console import Console
@@ -80,6 +82,19 @@ def test_baseline_answers_the_same_requests_in_pairs(demo_engine: Engine, tmp_pa
         assert ours[name] == theirs[name]
     assert ours["completed"] == PAIRS * 6
     assert theirs["max_concurrent_requests"] == 1
+
+
+def test_ctrl_c_before_the_first_request_leaves_nothing(demo_engine: Engine, tmp_path: Path) -> None:
+    class Interrupted(EngineTarget):
+        async def __aenter__(self) -> Self:
+            await super().__aenter__()
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.sleep(0.1)  # the event loop hears of it
+            return self
+
+    for baseline in (None, TransformersTarget(demo_engine)):
+        assert session(Interrupted(demo_engine), tmp_path, SMALL, baseline=baseline) == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_baseline_generates_the_engines_tokens_one_at_a_time(demo_engine: Engine) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmopt_cli.bench import startup
-from llmopt_cli.errors import LlmoptError
+from llmopt_cli.errors import LlmoptError, UsageError
 from llmopt_cli.spec.result import read_results
 
 
@@ -17,6 +17,15 @@ def test_start_up_adds_a_line_with_both_medians(tmp_path: Path, monkeypatch: pyt
     (result,) = read_results(tmp_path / "startup.jsonl")
     assert set(startup.COMMANDS) < set(result.metrics)
     assert all(result.metrics[name] > 0 for name in startup.COMMANDS)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "COMMANDS", {"help_s": ["no-such-command"]})  # would fail if it ran
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot write"):
+        startup.startup(results=tmp_path / "file")
 
 
 def test_a_command_that_fails_is_no_measurement() -> None:

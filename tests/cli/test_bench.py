@@ -39,6 +39,8 @@ def test_each_concurrency_is_one_result_on_stdout_and_in_the_file(tmp_path: Path
 def test_people_get_tables_on_stdout_and_talk_on_stderr(tmp_path: Path) -> None:
     run = llmopt(*SHORT, "--results", "kept", folder=tmp_path)
     assert run.returncode == 0, run.stderr
+    assert "4 requests at concurrency 8" in run.stderr
+    assert "give --num-requests 16 or more" in run.stderr
     for part in ("TTFT", "TPOT", "ITL", "E2E", "goodput", "run quality", "0 of 4 failed"):
         assert part in run.stdout
     assert "added to kept/bench.jsonl" in run.stderr
@@ -65,7 +67,7 @@ def test_ctrl_c_keeps_what_was_measured_as_partial(tmp_path: Path) -> None:
     assert len(read_results(tmp_path / "results" / "bench.jsonl")) == 1
 
 
-def test_failed_requests_are_reported_and_then_fail_the_command(tmp_path: Path) -> None:
+def test_failed_requests_are_kept_without_the_key_and_fail_the_command(tmp_path: Path) -> None:
     workload = tmp_path / "half.yaml"
     workload.write_text(
         "name: half\ninput_len: {kind: uniform, min: 10, max: 90}\noutput_len: {mean: 4}\n"
@@ -73,7 +75,8 @@ def test_failed_requests_are_reported_and_then_fail_the_command(tmp_path: Path) 
     )
     # No request may wait: with two at once and room for one in the batch, the server turns some away.
     server = [*LLMOPT, "serve", "demo", "--port", "0", "--json", "--max-num-seqs", "1", "--max-num-queued-reqs", "0"]
-    with subprocess.Popen(server, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+    key = {"LLMOPT_API_KEY": "open-sesame"}
+    with subprocess.Popen(server, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT | key) as process:
         assert process.stdout is not None
         try:
             document = ""
@@ -81,15 +84,19 @@ def test_failed_requests_are_reported_and_then_fail_the_command(tmp_path: Path) 
                 document += (line := process.stdout.readline())
                 assert line, "the server did not start"
             url = json.loads(document)["url"]
-            run = llmopt("bench", "-w", str(workload), "--base-url", url, "-c", "8", "--json", folder=tmp_path)
+            there = ("--base-url", url, "--api-key", "open-sesame")
+            run = llmopt("bench", "-w", str(workload), *there, "-c", "8", "--json", folder=tmp_path)
         finally:
             process.terminate()
     assert run.returncode == 1, run.stderr
     (result,) = json.loads(run.stdout)
     assert result["metrics"]["failed"] > 0
-    assert result["metrics"]["completed"] + result["metrics"]["failed"] == 8
+    assert result["metrics"]["completed"] + result["metrics"]["failed"] == 4 * 8  # as many as make a closed loop steady
     assert "requests failed; the first: " in run.stderr
     assert "answered 429" in run.stderr
+    line = (tmp_path / "results" / "bench.jsonl").read_text()
+    assert "open-sesame" not in line + run.stdout + run.stderr
+    assert "--api-key '***'" in result["command"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +108,12 @@ def test_failed_requests_are_reported_and_then_fail_the_command(tmp_path: Path) 
         (("--rate", "-1"), "rate must be above 0"),
         (("--against", "vllm"), "unknown baseline `vllm`"),
         (("--against", "transformers", "--rate", "3"), "leave --rate out"),
+        (("--burstiness", "2"), "give a --rate"),
+        (("--burstiness", "2", "--concurrency", "2"), "give a --rate"),
         (("--served-model-name", "x"), "give the server's --base-url"),
+        (("--api-key", "x"), "--api-key is for a server"),
+        (("--base-url", "http://127.0.0.1:9", "--trust-remote-code"), "name the MODEL"),
+        (("--results", "/dev/null/results"), "cannot write `/dev/null/results/bench.jsonl`"),
         (("--base-url", "http://127.0.0.1:9", "--dtype", "float32"), "--dtype is for an engine in this process"),
         (("--base-url", "http://127.0.0.1:9", "--against", "transformers"), "--against is for an engine"),
     ],
@@ -120,6 +132,14 @@ def test_contradictions_are_refused_before_anything_is_loaded(
     assert message in run.stderr
     assert "Traceback" not in run.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_key_in_the_environment_is_no_flag(tmp_path: Path) -> None:
+    command = [*LLMOPT, "bench", "--results", "/dev/null/results"]
+    environment = ENVIRONMENT | {"LLMOPT_API_KEY": "open-sesame"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert "cannot write" in run.stderr  # which is found out after the flags were found right
+    assert "--api-key" not in run.stderr
 
 
 @pytest.mark.parametrize("typed", [["--api-key", "it's secret"], ["--api-key=it's secret", "-q"]])

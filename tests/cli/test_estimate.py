@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -64,6 +65,25 @@ def test_text_says_what_names_mean_shows_formulas_and_recommends() -> None:
         assert expected in text
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--model", "kimi-k2-instruct", "--gpu", "t4", "--input-len", "60000", "--concurrency", "256"],
+        ["--model", "405b", "--gpu", "b200", "--input-len", "100000", "--concurrency", "256"],
+    ],
+)
+def test_no_figure_has_an_exponent(args: list[str]) -> None:
+    ran = llmopt("estimate", *args)
+    assert ran.returncode == 0, ran.stderr
+    assert not re.search(r"\de[+-]\d", ran.stdout)
+
+
+def test_without_a_band_the_note_stands_in_for_it() -> None:
+    text = llmopt("estimate", "--model", "qwen3-30b-a3b", "--gpu", "h100").stdout
+    assert "ms (no error band, see the note)" in text
+    assert "note: the closed form's TTFT is unproven for experts" in text
+
+
 def test_a_flag_wins_over_the_listed_price() -> None:
     data = json.loads(llmopt("estimate", "--model", "7b", "--gpu", "a100", "--gpu-price", "3", "--json").stdout)
     assert data["price"] == {"usd_per_hour": 3.0, "source": "--gpu-price"}
@@ -81,6 +101,7 @@ def test_the_demo_is_estimated_from_its_own_config() -> None:
         (["--model", "70c", "--gpu", "a100"], "unknown model `70c`"),
         (["--model", "mixtral", "--gpu", "a100"], "`mixtral` fits more than one model"),
         (["--model", "70b", "--gpu", "a1000"], "unknown accelerator `a1000`"),
+        (["--model", "7" * 300, "--gpu", "a100"], "unknown model `777"),
         (["--model", "70b"], "no accelerator given"),
         (["--gpu", "a100"], "no model given"),
         (["--model", "70b", "--gpu", "a100", "--scheme", "int9"], "unknown scheme `int9`"),

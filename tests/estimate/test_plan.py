@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llmopt_cli.errors import UnknownNameError, UsageError
 from llmopt_cli.estimate.plan import Fit, Load, Plan, Verdict, answer, ask, deployment
 from llmopt_cli.spec.catalog import gpus, models
+from llmopt_cli.spec.hardware import GIB
 from llmopt_cli.spec.scheme import SCHEMES
 
 LOAD = Load(concurrency=32, input_len=1024, output_len=256)
@@ -62,13 +63,24 @@ def test_where_only_a_part_of_the_load_fits_the_speed_is_that_part() -> None:
     assert found.recommended.verdict is Verdict.TIGHT
     assert found.speed is not None
     assert found.speed.batch == found.recommended.max_requests == 19
-    assert any("the others wait" in caveat for caveat in found.caveats)
+    assert any("the 19 requests that run at once; the others wait" in caveat for caveat in found.caveats)
 
 
 def test_the_batch_is_at_most_max_num_seqs() -> None:
     found = plan("8b", "a100", replace(LOAD, concurrency=100), max_num_seqs=10)
     assert found.speed is not None
     assert found.speed.batch == 10
+    assert any("TTFT leaves that wait out" in caveat for caveat in found.caveats)
+    assert not plan("8b", "a100", replace(LOAD, concurrency=10), max_num_seqs=10).caveats[1:]
+
+
+def test_experts_have_no_band_for_ttft_and_a_note_says_why() -> None:
+    dense, experts = plan("8b", "h100"), plan("qwen3-30b-a3b", "h100")
+    assert dense.speed is not None
+    assert dense.speed.ttft_band is not None
+    assert experts.speed is not None
+    assert experts.speed.ttft_band is None
+    assert any("TTFT is unproven for experts" in caveat for caveat in experts.caveats)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +186,8 @@ def test_more_concurrency_never_needs_less(name: str, gpu: str, scheme: str, con
 def test_more_gpus_never_hold_fewer_tokens(name: str, gpu: str, scheme: str) -> None:
     fits = plan(name, gpu, Load(32, 512, 128), scheme=scheme).fits
     tokens = [fit.kv_tokens for fit in fits]
-    assert tokens == sorted(tokens)
+    # Sharing costs each GPU half a GiB of non-torch memory: a smaller model has less than that to share out.
+    if fits[0].budget.weights > GIB:
+        assert tokens == sorted(tokens)
     for fit in fits:
         assert (fit.verdict is Verdict.NO) == (fit.max_requests < 1)

@@ -32,11 +32,11 @@ def test_batch_8_at_8k_takes_172_gb_and_not_the_85_sometimes_quoted() -> None:
 
 @pytest.mark.parametrize(("scheme", "gb"), [("fp32", 28), ("fp16", 14), ("int8", 7), ("int4", 3.5)])
 def test_7b_weights_by_precision(scheme: str, gb: float) -> None:
-    assert rules.weight_bytes(7e9, find_scheme(scheme).weight_bits) == gb * GB
+    assert rules.parameter_bytes(7e9, find_scheme(scheme).weight_bits) == gb * GB
 
 
 def test_70b_in_16_bits_is_140_gb_and_70_ms_a_token_at_2_tb_s() -> None:
-    weights = rules.weight_bytes(70e9, 16)
+    weights = rules.parameter_bytes(70e9, 16)
     assert weights == 140 * GB
     assert rules.seconds_per_token(weights, 2e12) == pytest.approx(0.070)
 

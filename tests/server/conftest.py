@@ -22,12 +22,12 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 class ServerProcess:
-    """`llmopt serve demo` on a free port; it prints its URL when it is ready."""
+    """`llmopt serve` on a free port; it prints its URL when it is ready."""
 
-    def __init__(self, *flags: str, api_key: str | None = None) -> None:
+    def __init__(self, *flags: str, model: str = "demo", api_key: str | None = None) -> None:
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         environment = ENVIRONMENT | ({"LLMOPT_API_KEY": api_key} if api_key else {})
-        command = [*COMMAND, "demo", "--port", "0", "--dtype", "float32", "--json", *flags]
+        command = [*COMMAND, model, "--port", "0", "--dtype", "float32", "--json", *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         document = ""
@@ -74,8 +74,8 @@ def start_server() -> Iterator[Callable[..., ServerProcess]]:
     """Starts servers and sees to it that none outlives the tests."""
     started: list[ServerProcess] = []
 
-    def start(*flags: str, api_key: str | None = None) -> ServerProcess:
-        started.append(ServerProcess(*flags, api_key=api_key))
+    def start(*flags: str, **options: Any) -> ServerProcess:
+        started.append(ServerProcess(*flags, **options))
         return started[-1]
 
     yield start

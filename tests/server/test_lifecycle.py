@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from openai import AuthenticationError, OpenAI
+
+from llmopt_cli.spec.checkpoint import BUNDLED
 
 pytestmark = pytest.mark.timeout(60)
 LONG = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
@@ -84,6 +88,16 @@ def test_the_model_has_the_name_it_was_given(small: Any) -> None:
     assert small.post("/v1/completions", model="tiny", prompt="a", max_tokens=1).json()["model"] == "tiny"
 
 
+def test_a_local_folder_is_served_under_its_name(start_server: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(BUNDLED["demo-draft"], folder)
+    server = start_server(model=f"{folder}/")
+    assert server.report["model"] == "mine"
+    assert server.get("/v1/models").json()["data"][0]["id"] == "mine"
+    answer = server.post("/v1/completions", model="mine", prompt="a", max_tokens=1)
+    assert answer.json()["model"] == "mine"
+
+
 def test_only_the_right_key_opens(small: Any) -> None:
     with OpenAI(base_url=f"{small.url}/v1", api_key="wrong", max_retries=0) as client:
         with pytest.raises(AuthenticationError) as caught:
@@ -96,6 +110,14 @@ def test_only_the_right_key_opens(small: Any) -> None:
     with OpenAI(base_url=f"{small.url}/v1", api_key="sesame") as client:
         assert client.models.list().data
     assert httpx.get(f"{small.url}/health").status_code == 200
+
+
+def test_without_the_key_no_body_is_read(small: Any) -> None:
+    host, port = small.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = "POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", "Content-Length: 99"
+        connection.sendall("\r\n".join([*head, "", ""]).encode())  # and never a byte of the body
+        assert connection.recv(100).startswith(b"HTTP/1.1 401")
 
 
 def test_a_full_queue_answers_429_and_when_to_come_back(small: Any) -> None:

@@ -13,6 +13,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 
 from llmopt_cli import __version__
 from llmopt_cli.runtime import Engine, SamplingParams
+from llmopt_cli.server.guard import MAX_BODY_BYTES
 
 pytestmark = pytest.mark.timeout(60)
 PROMPT = "Once upon a time"
@@ -283,6 +284,18 @@ def test_a_damaged_body_is_a_400(server: Any, content: bytes) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", content=content, headers=headers)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large_is_a_413(server: Any, chunked: bool) -> None:
+    content = json.dumps({"prompt": "a" * MAX_BODY_BYTES}).encode()
+    headers = {"Content-Type": "application/json"}
+    with httpx.Client(headers=headers, timeout=30) as client:
+        answer = client.post(f"{server.url}/v1/completions", content=iter([content]) if chunked else content)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+        assert f"larger than {MAX_BODY_BYTES:,} bytes" in answer.json()["error"]["message"]
+        assert client.get(f"{server.url}/health").status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,8 @@ def test_null_means_not_given() -> None:
         ({"messages": MESSAGES, "max_tokens": 5.5}, "max_tokens"),
         ({"messages": MESSAGES, "stream": "yes"}, "stream"),
         ({"messages": MESSAGES, "stop": [1]}, "stop[0]"),
+        ({"messages": MESSAGES, "stop": ["a", "b" * 1001]}, "stop[1]"),
+        ({"messages": MESSAGES, "stop": ["a"] * 17}, "stop"),
         ({"messages": [{"role": "user", "content": "\udfff"}]}, "messages[0].content[0].text"),
         ({"messages": MESSAGES, "{odd}": 1}, "{odd}"),
     ],
@@ -108,6 +110,11 @@ def test_sampling_carries_every_parameter() -> None:
         prompt="a", temperature=0.5, top_p=0.9, top_k=7, seed=3, stop="x", stop_token_ids=[4], ignore_eos=True
     )
     assert body.sampling(9) == SamplingParams(9, 0.5, 7, 0.9, 3, ("x",), (4,), True)
+
+
+def test_stop_may_hold_sixteen_strings_of_a_thousand_characters() -> None:
+    assert CompletionRequest(prompt="a", stop="b" * 1000).stop == ["b" * 1000]
+    assert len(CompletionRequest(prompt="a", stop=["b"] * 16).stop) == 16
 
 
 def test_the_defaults_are_those_of_the_api() -> None:

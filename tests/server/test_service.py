@@ -8,13 +8,15 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 
 from llmopt_cli.errors import ServerError
 from llmopt_cli.runtime import AsyncEngine, Engine, SamplingParams
+from llmopt_cli.server.app import create_app
 from llmopt_cli.server.metrics import token_buckets
 from llmopt_cli.server.protocol import ApiError
-from llmopt_cli.server.service import STALL_SECONDS, Service, Settings
+from llmopt_cli.server.service import STALL_SECONDS, Service, Settings, retry_after
 from llmopt_cli.server.streaming import ClientGoneError, EventStream, merged, unless_gone
 
 PROMPT = [5, 6, 7]
@@ -25,7 +27,7 @@ LONG = SamplingParams(max_tokens=1000, ignore_eos=True)
 @asynccontextmanager
 async def serving(engine: Engine, **settings: Any) -> AsyncIterator[Service]:
     async with AsyncEngine(engine) as async_engine:
-        yield Service(async_engine, Settings("demo", **settings))
+        yield Service(async_engine, Settings(**settings))
 
 
 async def settled(engine: Engine) -> None:
@@ -78,6 +80,55 @@ def test_what_is_refused_takes_no_place(engine: Engine) -> None:
             assert caught.value.status == 503
             assert service.unready() is not None
             assert service.unhealthy() is None
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("ends", "seconds"),
+    [([], 1), ([50.0], 1), ([50.0, 54.0, 62.0], 6), ([50.0, 50.1], 1), ([50.0, 50.0], 1), ([0.0, 5000.0], 60)],
+)
+def test_a_place_is_promised_after_the_mean_gap_between_ends(ends: list[float], seconds: int) -> None:
+    assert retry_after(ends) == seconds
+
+
+def test_ends_from_before_an_idle_time_do_not_count_nor_do_prompts_one_by_one(engine: Engine) -> None:
+    async def scenario() -> None:
+        async with serving(engine) as service:
+            service._ends.extend([0.0, 100.0])
+            async for _ in service.run([PROMPT, [8]], [SamplingParams(max_tokens=2)] * 2):
+                pass
+            assert len(service._ends) == 1
+
+    asyncio.run(scenario())
+
+
+def test_the_event_loop_goes_on_while_a_prompt_is_encoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow(_: Any) -> list[int]:
+        entered.set()
+        go_on.wait()
+        return PROMPT
+
+    monkeypatch.setattr(engine.tokenizer, "encode", slow)
+    monkeypatch.setattr(engine.tokenizer, "chat", slow)
+    turns = [{"role": "user", "content": "a"}]
+    bodies = {"completions": {"prompt": "a"}, "chat/completions": {"messages": turns}}
+
+    async def scenario() -> None:
+        async with serving(engine) as service:
+            transport = httpx.ASGITransport(create_app(service))
+            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+                for path, body in bodies.items():
+                    entered.clear()
+                    go_on.clear()
+                    answer = asyncio.ensure_future(client.post(f"/v1/{path}", json=body | {"max_tokens": 1}))
+                    await asyncio.to_thread(entered.wait)
+                    assert (await client.get("/health")).status_code == 200
+                    assert not answer.done()
+                    go_on.set()
+                    assert (await answer).status_code == 200
 
     asyncio.run(scenario())
 

@@ -140,7 +140,7 @@ def test_ambiguous_names_list_every_match() -> None:
     assert str(error.value.hint) == "one of: Mixtral-8x22B-v0.1, Mixtral-8x7B-v0.1"
 
 
-@pytest.mark.parametrize("typed", ["", "-", "x4"])
+@pytest.mark.parametrize("typed", ["", "-", "x4", "x" * 300])
 def test_names_without_a_word_are_unknown(typed: str) -> None:
     with pytest.raises(UnknownNameError):
         find_gpu(typed)

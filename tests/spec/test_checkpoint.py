@@ -78,6 +78,14 @@ def test_a_name_that_is_nothing_is_a_usage_error(name: str) -> None:
     assert "demo" in str(caught.value.hint)
 
 
+def test_the_name_is_the_folder_s_or_the_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Checkpoint.open(folder).name == folder.name
+    monkeypatch.setattr("llmopt_cli.spec.checkpoint._download", lambda name, revision: folder)
+    assert Checkpoint.open("somebody/something").name == "somebody/something"
+    monkeypatch.chdir(folder)
+    assert Checkpoint.open(".").name == folder.name
+
+
 def test_a_hub_id_without_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(LlmoptError, match="not in the local cache") as caught:

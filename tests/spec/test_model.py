@@ -170,6 +170,10 @@ def test_value_of_the_wrong_kind_is_named(value: object) -> None:
         ({"sliding_window": 4096, "model_type": "gemma2"}, 4096, 40),
         ({"sliding_window": 512, "sliding_window_pattern": 6}, 512, 67),
         ({"sliding_window": 512, "layer_types": ["full_attention"] * 20 + ["sliding_attention"] * 60}, 512, 60),
+        ({"sliding_window": 512, "sliding_window_pattern": "LLLG"}, 512, 60),
+        ({"sliding_window": 512, "model_type": "qwen2"}, None, 0),
+        ({"sliding_window": 512, "model_type": "qwen2", "use_sliding_window": None}, None, 0),
+        ({"sliding_window": 512, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 90}, None, 0),
         ({"sliding_window": None, "layer_types": ["full_attention"] * 80}, None, 0),
     ],
 )
@@ -177,6 +181,36 @@ def test_sliding_layers_are_counted(change: dict[str, Any], window: int | None, 
     spec = ModelSpec.from_hf(LLAMA | change, "m")
     assert (spec.sliding_window, spec.num_sliding_layers) == (window, sliding)
     assert spec.num_full_layers == 80 - sliding
+
+
+MOE = LLAMA | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sliding_window": 512, "sliding_window_pattern": "ABAB"}, "`sliding_window_pattern: ABAB`"),
+        ({"sliding_window": 512, "use_sliding_window": True, "max_window_layers": -3}, "`max_window_layers: -3`"),
+        ({"decoder_sparse_step": "a"}, "`decoder_sparse_step: a`"),
+        ({"interleave_moe_layer_step": "b"}, "`interleave_moe_layer_step: b`"),
+        ({"mlp_only_layers": 3}, "`mlp_only_layers: 3` where a list"),
+        ({"layer_types": "full_attention"}, "`layer_types: full_attention` where a list"),
+        ({"layer_types": ["mamba"] * 80}, "no layer that keeps keys and values"),
+    ],
+)
+def test_odd_layer_patterns_are_one_sentence(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        ModelSpec.from_hf(MOE | change, "m")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"first_k_dense_replace": 99}, {"mlp_layer_types": ["dense"] * 99}, {"moe_layer_freq": [0] * 99}],
+)
+def test_no_more_layers_are_dense_than_there_are(change: dict[str, Any]) -> None:
+    spec = ModelSpec.from_hf(MOE | change, "m")
+    assert spec.num_moe_layers == 0
+    assert spec.num_params == ModelSpec.from_hf(LLAMA, "m").num_params
 
 
 def test_deepseek_v3_has_latent_attention_and_experts() -> None:

@@ -157,6 +157,25 @@ def test_open_loop_has_the_rate_and_burstiness_it_says(burstiness: float) -> Non
     assert statistics.pstdev(gaps) / statistics.mean(gaps) == pytest.approx(burstiness, rel=0.05, abs=1e-6)
 
 
-def test_timetable_repeats_and_grows_at_its_end() -> None:
+def test_timetable_repeats_and_depends_on_the_seed() -> None:
     arrivals = Arrivals(rate=5)
-    assert arrivals.offsets(30, seed=7)[:10] == arrivals.offsets(10, seed=7) != arrivals.offsets(10, seed=8)
+    assert arrivals.offsets(30, seed=7) == arrivals.offsets(30, seed=7) != arrivals.offsets(30, seed=8)
+
+
+@pytest.mark.parametrize("burstiness", [0.0, 1.0, 13.2, 100.0])
+@pytest.mark.parametrize("count", [2, 48])
+def test_every_run_offers_the_rate_it_names(burstiness: float, count: int) -> None:
+    for seed in range(20):
+        times = Arrivals(rate=4, burstiness=burstiness).offsets(count, seed)
+        assert len(times) == count
+        assert times == sorted(times)
+        assert (times[0], times[-1]) == (0, pytest.approx((count - 1) / 4))
+    assert Arrivals(rate=4, burstiness=burstiness).offsets(1, seed=0) == [0]
+
+
+def test_a_closed_loop_is_made_long_enough_to_be_steady() -> None:
+    workload = replace(Workload.read("decode"), num_requests=32)
+    assert [workload.with_load(concurrency=count).steady().num_requests for count in (1, 8, 9, 32)] == [32, 32, 36, 128]
+    assert workload.with_load(rate=3).steady().num_requests == 32
+    assert workload.with_load(concurrency=16).rounds == 2
+    assert workload.with_load(rate=3).rounds == float("inf")
