@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmopt_cli import options
+from llmopt_cli.errors import UsageError
 from llmopt_cli.output import Output, table
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def demo(output: FolderOpt = None, as_json: options.JsonOpt = False) -> None:
     out = Output(as_json=as_json)
     with TemporaryDirectory(prefix="llmopt-demo-") as temporary:
         folder = output or Path(temporary)
+        if output and output.exists():
+            raise UsageError(f"`{output}` exists already", "give a folder that does not")
         folder.mkdir(parents=True, exist_ok=True)
         rows = Demo(folder, out, sys.stderr if as_json else None).run()
     out.result([asdict(row) for row in rows], lambda: ["", _table(rows), "\n".join(verdict(rows))])

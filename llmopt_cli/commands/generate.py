@@ -29,6 +29,8 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     dtype: options.DtypeOpt = None,
     device: options.DeviceOpt = None,
+    max_model_len: options.MaxModelLenOpt = None,
+    kv_cache_memory_bytes: options.KvMemoryOpt = None,
     trust_remote_code: options.TrustOpt = False,
     as_json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
@@ -39,14 +41,23 @@ def generate(
     out = Output(as_json=as_json, quiet=quiet)
     if not prompt:
         raise UsageError("there is no prompt", 'give one: `llmopt generate demo --prompt "It was"`')
-    prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    prompts = [_stdin() if text == "-" else text for text in prompt]
     params = SamplingParams(max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), ignore_eos=ignore_eos)
 
     from llmopt_cli.runtime import Engine
+    from llmopt_cli.spec.recipe import Recipe
 
+    flags = {"dtype": dtype, "device": device}
+    batching = {"max_model_len": max_model_len, "kv_cache_memory_bytes": kv_cache_memory_bytes}
+    recipe = Recipe.resolve(None, model=model, **flags, **batching)
     with out.progress(f"loading {model}") as report:
         engine = Engine.from_pretrained(
-            model, dtype=dtype or "auto", device=device or "auto", trust_remote_code=trust_remote_code, report=report
+            recipe.model,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            batching=recipe.batching,
+            trust_remote_code=trust_remote_code,
+            report=report,
         )
     tokenizer = engine.tokenizer
     ids = [tokenizer.chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text) for text in prompts]
@@ -57,3 +68,10 @@ def generate(
         for text, o in zip(prompts, outputs, strict=True)
     ]
     out.result(data if len(data) > 1 else data[0], lambda: [output.text for output in outputs])
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompt on stdin is not UTF-8: {error}") from None

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from llmopt_cli.errors import ServerError
+from llmopt_cli.errors import ServerError, UsageError
 from llmopt_cli.runtime.engine import Engine
 from llmopt_cli.runtime.request import RequestOutput, SamplingParams
 
@@ -89,6 +89,8 @@ class AsyncEngine:
         """
         self.engine.check(prompt_ids, params)
         request_id = request_id or f"stream-{next(self._ids)}"
+        if request_id in self._mailboxes:
+            raise UsageError(f"request id `{request_id}` is already running")
         mailbox = self._mailboxes[request_id] = _Mailbox()
         self._send(lambda: self.engine.add_request(prompt_ids, params, request_id))
         finished = False
@@ -129,9 +131,9 @@ class AsyncEngine:
         except BaseException as error:  # noqa: BLE001  whatever kills the thread must reach every reader
             self.failure = error
         finally:
-            self.engine.abort_all()
             self._ended = True
             self._hand_over([])
+            self.engine.abort_all()
 
     def _hand_over(self, outputs: list[RequestOutput]) -> None:
         assert self._loop is not None

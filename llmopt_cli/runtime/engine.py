@@ -58,7 +58,11 @@ class Engine:
         spec = checkpoint.spec
         self.checkpoint, self.tokenizer = checkpoint, tokenizer
         self.dtype, self.device = loaded.dtype, loaded.device
-        self.max_model_len = min(batching.max_model_len or spec.max_context, spec.max_context)
+        self.max_model_len = batching.max_model_len or spec.max_context
+        if self.max_model_len > spec.max_context:
+            raise UsageError(
+                f"--max-model-len {self.max_model_len} is more than the model's {spec.max_context:,} tokens"
+            )
         self.batching = replace(batching, max_model_len=self.max_model_len)
         self.cache_size = size_cache(spec, batching, self.max_model_len, loaded.dtype, loaded.device)
         self._layers = paged_layers(loaded.model)
@@ -104,10 +108,15 @@ class Engine:
             self.check(ids, one)
         order = [self.add_request(ids, one) for ids, one in zip(encoded, each, strict=True)]
         finished: dict[str, RequestOutput] = {}
-        while len(finished) < len(order):
-            finished |= {output.request_id: output for output in self.step() if output.finished}
-            if report:
-                report(len(finished), len(order))
+        try:
+            while len(finished) < len(order):
+                outputs = (output for output in self.step() if output.finished and output.request_id in order)
+                finished |= {output.request_id: output for output in outputs}
+                if report:
+                    report(len(finished), len(order))
+        finally:
+            for request_id in order:  # after Ctrl-C; those that finished are gone already
+                self.abort(request_id)
         return [finished[request_id] for request_id in order]
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmopt_cli.errors import CapacityError
+from llmopt_cli.errors import CapacityError, ModelError
 from llmopt_cli.estimate.memory import kv_block_bytes
 from llmopt_cli.model.attention import PagedLayer
 from llmopt_cli.runtime.probe import free_memory
@@ -54,8 +54,8 @@ def size_cache(
         raise CapacityError(
             f"the KV cache would hold {num_blocks * batching.block_size:,} tokens, less than one request of "
             f"{max_model_len:,} ({blocks_per_request * block_bytes / 2**20:,.1f} MiB)",
-            f"lower `--max-model-len` to {max(num_blocks, 1) * batching.block_size}, or give more with "
-            "`--kv-cache-memory-bytes`",
+            (f"lower `--max-model-len` to {num_blocks * batching.block_size}, or " if num_blocks else "")
+            + "give more with `--kv-cache-memory-bytes`",
         )
     return CacheSize(num_blocks, batching.block_size, block_bytes)
 
@@ -69,7 +69,12 @@ def hang_cache(layers: Sequence[PagedLayer], size: CacheSize, dtype: torch.dtype
         layer.k = torch.zeros(slots, layer.seen.kv_heads, layer.seen.head_dim, dtype=dtype, device=device)
         layer.v = torch.zeros(slots, layer.seen.kv_heads, layer.seen.value_dim, dtype=dtype, device=device)
     allocated = sum(t.nbytes for layer in layers for t in (layer.k, layer.v) if t is not None)
-    assert allocated == size.nbytes, f"the cache takes {allocated} bytes where the estimate says {size.nbytes}"
+    if allocated != size.nbytes:
+        release_cache(layers)
+        raise ModelError(
+            f"the layers' keys and values take {allocated:,} bytes where config.json makes {size.nbytes:,}; "
+            "layers of several shapes are not supported"
+        )
 
 
 def release_cache(layers: Sequence[PagedLayer]) -> None:

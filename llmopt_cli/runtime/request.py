@@ -21,7 +21,8 @@ class SamplingParams:
     """How to choose tokens. `temperature=0` is greedy; `top_k=0` and `top_p=1` keep everything.
 
     `seed=None` draws a fresh seed, so results differ from run to run; with a seed a result is a function of prompt
-    and parameters alone, whatever else is in the batch. `stop` strings end the text before themselves.
+    and parameters alone, whatever else is in the batch (in float32: 16-bit products round differently by batch size).
+    `stop` strings end the text before themselves.
     """
 
     max_tokens: int = 128

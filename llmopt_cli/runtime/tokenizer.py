@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from llmopt_cli.errors import ModelError, UsageError
-from llmopt_cli.spec.checkpoint import Checkpoint
+from llmopt_cli.spec.checkpoint import Checkpoint, read_json
 
 
 class Tokenizer:
@@ -18,15 +17,18 @@ class Tokenizer:
 
         try:
             self._hf: Any = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"`{checkpoint.path}` has no usable tokenizer: {str(error).splitlines()[0]}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ModelError(f"`{checkpoint.path}` has no usable tokenizer: {reason}") from None
         self.backend: Any = getattr(self._hf, "backend_tokenizer", None)
         if self.backend is None:
             raise ModelError(f"the tokenizer of `{checkpoint.name}` has no tokenizer.json, which streaming text needs")
         self._hf.model_max_length = 2**62  # the engine has its own limit, and its own words when it is passed
         self.name = checkpoint.name
         self.vocab_size = len(self._hf)
-        self.eos_ids = _eos_ids(checkpoint)
+        self.backend.no_truncation()  # neither limit is ours, and encode may be called from several threads
+        self.backend.no_padding()
+        self.eos_ids = _eos_ids(checkpoint, self._hf.eos_token_id)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of raw text, with the special tokens that the tokenizer adds by itself."""
@@ -116,11 +118,12 @@ class TextStream:
         return piece
 
 
-def _eos_ids(checkpoint: Checkpoint) -> frozenset[int]:
-    """The end-of-text ids: generation_config.json's, which may be a list, else config.json's."""
+def _eos_ids(checkpoint: Checkpoint, of_tokenizer: int | None) -> frozenset[int]:
+    """The ids that end a text: generation_config.json's, which may be a list, else config.json's, else the tokenizer's."""
     file = checkpoint.path / "generation_config.json"
-    found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    found = checkpoint.config.get("eos_token_id") if found is None else found
-    if found is None:
-        return frozenset()
-    return frozenset(found if isinstance(found, list) else [found])
+    generation = read_json(file) if file.is_file() else {}
+    for source in (generation, checkpoint.config, checkpoint.config.get("text_config") or {}):
+        found = source.get("eos_token_id")
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset() if of_tokenizer is None else frozenset([of_tokenizer])

@@ -20,7 +20,8 @@ from llmopt_cli.spec.model import ModelSpec
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = {"demo": ASSETS / "bookworm-6m", "demo-draft": ASSETS / "bookworm-1m"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.py"]
+HUB_LEAVES = ["consolidated*", "original/*"]  # the same weights once more, under their makers' names
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class Checkpoint:
         Raises CheckpointError if it is missing, holds only pickles, or is damaged.
         """
         name = str(source)
-        path = BUNDLED.get(name) or Path(source).expanduser()
-        if not path.is_dir():
+        path = BUNDLED.get(name) or _folder(source)
+        if path is None:
             path = _download(name, revision)
         elif name not in BUNDLED:
             name = path.resolve().name  # that of `.` is empty
@@ -96,6 +97,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def _folder(source: str | Path) -> Path | None:
+    """The folder that `source` names, if there is one."""
+    try:
+        path = Path(source).expanduser()
+        return path if path.is_dir() else None
+    except (RuntimeError, OSError):  # no such user, a name longer than names may be
+        return None
+
+
 def _headers(folder: Path) -> dict[str, TensorHeader]:
     files = _weight_files(folder)
     tensors: dict[str, TensorHeader] = {}
@@ -118,7 +128,8 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"`{folder}` lacks {len(missing)} of {len(files)} shards, first `{missing[0]}`", "download it again"
             )
         return files
-    files = sorted(folder.glob("*.safetensors"))
+    # One file of the usual name is the whole model; beside it the same weights may lie under another naming.
+    files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
     if files:
         return files
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
@@ -165,7 +176,7 @@ def _download(name: str, revision: str | None) -> Path:
     if "/" not in name:
         raise UsageError(f"unknown model `{name}`", "give a local folder, a hub id `owner/name`, or `demo`")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEAVES))
     except HFValidationError:
         raise UsageError(f"`{name}` is neither a folder nor a hub id", "hub ids look like `owner/name`") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

@@ -45,6 +45,8 @@ def read_yaml(path: Path, kind: type[T]) -> T:
         data = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigFileError(f"cannot read `{path}`: {error}") from None
+    except ValueError as error:  # a date or number that is none
+        raise ConfigFileError(f"`{path}` holds a wrong value: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

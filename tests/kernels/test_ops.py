@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import llmopt_kernels
 import pytest
 import torch
 
+import llmopt_kernels
 from llmopt_kernels import PagedBatch, Span, cpu, paged_attention, reference, store_kv
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}

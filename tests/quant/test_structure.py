@@ -1,0 +1,162 @@
+"""What a block is made of, family by family: who reads what, which scales can be folded, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from llmopt_cli.errors import ModelError
+from llmopt_cli.quant.structure import Group, Producer, find_blocks, find_groups, find_linears, fold
+from llmopt_cli.quant.walk import Batch, advance, enter, run_block
+
+TINY = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 6,
+}
+ATTENTION, MLP = "self_attn.{}_proj", "mlp.{}_proj"
+QKV = tuple(ATTENTION.format(name) for name in "qkv")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+V_TO_O = Producer("self_attn.v_proj", "rows", (2, 2, 16))
+UP_TO_DOWN = Producer("mlp.up_proj", "rows", (1, 1, 96))
+
+
+def norm(name: str, kind: str = "gain") -> Producer:
+    return Producer(name, kind, (1, 1, 64))  # type: ignore[arg-type]
+
+
+def groups_of(before_attention: Producer | None, before_mlp: Producer | None, v_to_o: Producer = V_TO_O) -> list[Group]:
+    return [
+        Group(QKV, "self_attn", before_attention),
+        Group(("self_attn.o_proj",), "self_attn.o_proj", v_to_o),
+        Group(GATE_UP, "mlp", before_mlp),
+        Group(("mlp.down_proj",), "mlp.down_proj", UP_TO_DOWN),
+    ]
+
+
+USUAL = groups_of(norm("input_layernorm"), norm("post_attention_layernorm"))
+OFFSET = groups_of(norm("input_layernorm", "offset gain"), norm("pre_feedforward_layernorm", "offset gain"))
+FAMILIES: dict[str, tuple[str, dict[str, Any], list[Group]]] = {
+    "llama": ("Llama", {}, USUAL),
+    "llama-mha": (
+        "Llama",
+        {"num_key_value_heads": 4},
+        groups_of(
+            norm("input_layernorm"),
+            norm("post_attention_layernorm"),
+            Producer("self_attn.v_proj", "rows", (4, 1, 16)),
+        ),
+    ),
+    "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}, USUAL),
+    "qwen2": ("Qwen2", {}, USUAL),
+    "qwen3": ("Qwen3", {}, USUAL),
+    "gemma2": ("Gemma2", {}, OFFSET),
+    "olmo2": ("Olmo2", {}, groups_of(None, None)),
+}
+
+
+def build(family: str, **changes: Any) -> Any:
+    """A tiny random model whose norms and biases are random too: with gains of one a wrong fold could pass."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**(TINY | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def first_block(model: Any) -> tuple[Any, Batch]:
+    _, blocks = find_blocks(model)
+    (batch,) = enter(model, blocks, torch.randint(7, 256, (2, 12), generator=torch.Generator().manual_seed(0)))
+    return blocks[0], batch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_and_producers_are_found(family: str) -> None:
+    kind, changes, expected = FAMILIES[family]
+    block, batch = first_block(build(kind, **changes))
+    assert find_groups(block, lambda: run_block(block, batch, 0), "0") == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folding_a_scale_leaves_the_float_output_unchanged(family: str) -> None:
+    kind, changes, _ = FAMILIES[family]
+    block, batch = first_block(build(kind, **changes))
+    before = run_block(block, batch, 0)
+    for group in find_groups(block, lambda: run_block(block, batch, 0), "0"):
+        if group.producer is not None:
+            apply_scale(block, group, group.producer)
+    after = run_block(block, batch, 0)
+    assert float((after - before).norm() / before.norm()) < 1e-5
+
+
+@torch.inference_mode()
+def apply_scale(block: Any, group: Group, producer: Producer) -> None:
+    width = block.get_submodule(group.linears[0]).in_features
+    scale = producer.spread(producer.tie(torch.linspace(0.4, 2.5, width)))
+    effective = fold(block, producer, scale, torch.float32)
+    if producer.kind == "rows":
+        block.get_submodule(producer.name).weight.div_(producer.tie(effective)[:, None])
+    for name in group.linears:
+        block.get_submodule(name).weight.mul_(effective)
+
+
+@pytest.mark.parametrize("kind", ["gain", "offset gain"])
+@torch.inference_mode()
+def test_the_rounding_of_a_folded_gain_is_made_good_by_its_readers(kind: Any) -> None:
+    block, _ = first_block(build("Llama"))
+    gain: Tensor = block.input_layernorm.weight
+    offset = 1.0 if kind == "offset gain" else 0.0
+    before = gain.clone() + offset
+    effective = fold(block, Producer("input_layernorm", kind, (1, 1, 64)), torch.linspace(0.4, 2.5, 64), torch.bfloat16)
+    assert torch.equal(gain, gain.bfloat16().float())
+    assert torch.allclose((gain + offset) * effective, before, rtol=1e-6)
+
+
+def test_heads_that_share_a_value_head_share_its_scale() -> None:
+    values = torch.arange(64.0)
+    tied = V_TO_O.tie(values)
+    assert tied.tolist() == [
+        (values[16 * 2 * g + i] + values[16 * (2 * g + 1) + i]) / 2 for g in range(2) for i in range(16)
+    ]
+    assert torch.equal(V_TO_O.tie(V_TO_O.spread(tied)), tied)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+def test_walking_block_by_block_is_running_the_model(family: str) -> None:
+    # Gemma 3 mixes sliding and full attention: its blocks are given different masks and angles.
+    model = build(family, num_hidden_layers=6)
+    _, blocks = find_blocks(model)
+    ids = torch.randint(7, 256, (3, 40))
+    batches = enter(model, blocks, ids)
+    for index, block in enumerate(blocks):
+        advance(block, index, batches)
+    with torch.inference_mode():
+        expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        assert torch.equal(model.base_model.norm(torch.cat([batch.hidden for batch in batches])), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "name"),
+    [
+        ("Mixtral", {}, "mlp.gate.weight"),
+        ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4}, "attn.c_attn.weight"),
+    ],
+)
+def test_blocks_with_other_weights_than_linears_are_refused_by_name(
+    family: str, changes: dict[str, Any], name: str
+) -> None:
+    prefix, blocks = find_blocks(build(family, **changes))
+    with pytest.raises(ModelError, match=name):
+        find_linears(blocks[0], f"{prefix}.0")
