@@ -117,11 +117,11 @@ def verdict(rows: list[Row]) -> list[str]:
     ]
     cache = last_level_cache()
     if cache and base.weight_bytes < cache:
-        sentences.append(
-            "why      one row is multiplied with the packed weights as they lie; for more rows they are unpacked each\n"
-            f"         time, which costs more than it saves while all {base.weight_bytes / 1e6:.1f} MB of 16-bit weights\n"
-            f"         lie in the CPU's {cache / 2**20:.0f} MiB cache"
-        )
+        sentences += [
+            "why      one row is multiplied with the packed weights as they lie; for more rows they are unpacked each",
+            "         time, which costs more than it saves while the 16-bit weights "
+            f"({base.weight_bytes / 1e6:.1f} MB) lie in the CPU's cache ({cache / 2**20:.0f} MiB)",
+        ]
     return sentences
 
 

@@ -40,11 +40,6 @@ class Output:
             plain = isinstance(part, str)
             _console(stderr=False).print(part, markup=not plain, highlight=False, soft_wrap=plain)
 
-    def text(self, text: str) -> None:
-        """Write data to stdout as it is: generated text, streamed pieces."""
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
     def note(self, text: str) -> None:
         """A remark on stderr; `--quiet` silences it."""
         if not self.quiet:

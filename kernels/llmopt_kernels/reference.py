@@ -37,8 +37,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """`(code - zero) * scale` per group along the input dimension.
 
-    codes uint8 (N, K/2): column 2j in the low nibble of byte j; scales (N, G), zeros uint8 (N, G) with K/G columns a
-    group. Returns (N, K) in the dtype of `scales`.
+    codes uint8 (N, K/2): column 2j in the low nibble of byte j; scales float32 (N, G), as exact as any file's; zeros
+    uint8 (N, G), with K/G columns a group. Returns (N, K) in the dtype of `scales`.
     """
     rows, groups = scales.shape
     values = torch.stack((codes & 15, codes >> 4), dim=-1).view(rows, groups, -1)
@@ -48,7 +48,7 @@ def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """x (..., K) times the weights that the codes mean, transposed -> (..., N); see `dequantize_int4`."""
-    return F.linear(x, dequantize_int4(codes, scales, zeros))
+    return F.linear(x, dequantize_int4(codes, scales, zeros).to(x.dtype))
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

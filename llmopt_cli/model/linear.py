@@ -41,16 +41,17 @@ class MergedLinear(nn.Module):
 class PackedLinear(nn.Module):
     """Integer weights that stay packed in memory, unpacked where they are used.
 
-    `codes` uint8 (out, in/2), two 4-bit codes a byte, even column low; `scales` (out, G); `zeros` uint8 (out, G). A
-    weight is `(code - zero) * scale`.
+    `codes` uint8 (out, in/2), two 4-bit codes a byte, even column low; `scales` float32 and `zeros` uint8 (out, G). A
+    weight is `(code - zero) * scale`; `dtype` is that of input and output.
     """
 
     def __init__(self, members: Mapping[str, int], in_features: int, group_size: int, bias: bool, dtype: torch.dtype):
         super().__init__()
         rows, groups = sum(members.values()), in_features // group_size
-        self.members, self.in_features, self.group_size = dict(members), in_features, group_size
+        self.members, self.in_features, self.group_size, self.dtype = dict(members), in_features, group_size, dtype
         self.codes = nn.Parameter(torch.empty(rows, in_features // 2, dtype=torch.uint8), requires_grad=False)
-        self.scales = nn.Parameter(torch.empty(rows, groups, dtype=dtype), requires_grad=False)
+        # float32 holds every file's scales exactly, whatever the model computes in.
+        self.scales = nn.Parameter(torch.empty(rows, groups, dtype=torch.float32), requires_grad=False)
         self.zeros = nn.Parameter(torch.empty(rows, groups, dtype=torch.uint8), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
 
@@ -70,7 +71,7 @@ class PackedLinear(nn.Module):
         ):
             return None
         names = {name: rows for member in members for name, rows in member.members.items()}
-        return cls(names, first.in_features, first.group_size, first.bias is not None, first.scales.dtype)
+        return cls(names, first.in_features, first.group_size, first.bias is not None, first.dtype)
 
     def slots(self) -> Iterator[tuple[str, Tensor]]:
         """(`member.codes`, its rows) for every member and tensor."""

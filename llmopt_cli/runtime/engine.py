@@ -61,7 +61,7 @@ class Engine:
         self.max_model_len = batching.max_model_len or spec.max_context
         if self.max_model_len > spec.max_context:
             raise UsageError(
-                f"--max-model-len {self.max_model_len} is more than the model's {spec.max_context:,} tokens"
+                f"--max-model-len {self.max_model_len} is above the model's own limit of {spec.max_context:,} tokens"
             )
         self.batching = replace(batching, max_model_len=self.max_model_len)
         self.cache_size = size_cache(spec, batching, self.max_model_len, loaded.dtype, loaded.device)

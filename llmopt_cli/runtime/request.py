@@ -59,11 +59,9 @@ class Request:
     token_ids: list[int]
     num_prompt: int
     params: SamplingParams
-    arrival: float = 0.0
     num_computed: int = 0
     num_cached: int = 0
     blocks: list[int] = field(default_factory=list)
-    num_preemptions: int = 0
     finish_reason: FinishReason | None = None
 
     @property

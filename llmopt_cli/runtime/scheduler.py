@@ -110,7 +110,6 @@ def _preempt(state: SchedulerState, victim: Request) -> None:
     """Back to the head of the queue; its tokens are kept and computed again."""
     state.release(victim)
     victim.num_computed = victim.num_cached = 0
-    victim.num_preemptions += 1
     state.waiting.appendleft(victim)
 
 

@@ -119,7 +119,7 @@ class TextStream:
 
 
 def _eos_ids(checkpoint: Checkpoint, of_tokenizer: int | None) -> frozenset[int]:
-    """The ids that end a text: generation_config.json's, which may be a list, else config.json's, else the tokenizer's."""
+    """The ids that end a text: generation_config.json's, maybe a list, else config.json's, else the tokenizer's."""
     file = checkpoint.path / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
     for source in (generation, checkpoint.config, checkpoint.config.get("text_config") or {}):

@@ -79,7 +79,7 @@ def test_compiled_int4_linear_equals_reference(
     torch.manual_seed(2)
     codes = torch.randint(0, 256, (rows, groups * group_size // 2), dtype=torch.uint8)
     zeros = torch.randint(0, 16, (rows, groups), dtype=torch.uint8)
-    scales = (torch.rand(rows, groups) * 0.1).to(dtype)
+    scales = torch.rand(rows, groups) * 0.1
     x = torch.randn(2, count, groups * group_size).to(dtype)
     exact = torch.nn.functional.linear(x.double(), reference.dequantize_int4(codes, scales.double(), zeros))
     for one, expected in ((x, exact), (x[:1], exact[:1])):

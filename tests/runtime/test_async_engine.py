@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmopt_cli.errors import CapacityError, ServerError
+from llmopt_cli.errors import CapacityError, ServerError, UsageError
 from llmopt_cli.runtime import AsyncEngine, Engine, RequestOutput, SamplingParams
 from llmopt_cli.spec.recipe import Batching
 
@@ -86,6 +86,19 @@ def test_leaving_the_block_stops_the_thread_with_requests_running(engine: Engine
         assert not engine.has_work()
         with pytest.raises(ServerError):
             await anext(stream)
+
+    run(work())
+
+
+def test_a_request_id_in_use_is_refused_and_harms_nobody(engine: Engine) -> None:
+    async def work() -> None:
+        async with AsyncEngine(engine) as running:
+            params = SamplingParams(max_tokens=30, ignore_eos=True)
+            first = running.stream([5, 6], params, "x")
+            await anext(first)
+            with pytest.raises(UsageError, match="`x` is already running"):
+                await anext(running.stream([7, 8], params, "x"))
+            assert (await collect(first))[-1].finished
 
     run(work())
 

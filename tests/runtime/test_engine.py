@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmopt_cli.errors import CapacityError, UsageError
+from llmopt_cli.errors import CapacityError, ModelError, UsageError
 from llmopt_cli.runtime import Engine, FinishReason, SamplingParams
 from llmopt_cli.spec.checkpoint import Checkpoint
 from llmopt_cli.spec.recipe import Batching
@@ -192,3 +192,33 @@ def test_abort_frees_blocks_in_every_state(demo: Engine) -> None:
 def test_checkpoint_objects_are_taken_as_they_are(tiny: Callable[..., Path]) -> None:
     engine = Engine.from_pretrained(Checkpoint.open(tiny("Llama")), device="cpu")
     assert engine.generate([[5, 6, 7]], SamplingParams(max_tokens=3))[0].num_prompt_tokens == 3
+
+
+def test_generate_leaves_other_requests_alone(demo: Engine) -> None:
+    [prompt] = prompts_of((9,))
+    [expected] = demo.generate([prompt], GREEDY)
+    other = demo.add_request([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True))
+    assert demo.generate([prompt], GREEDY)[0].token_ids == expected.token_ids
+    assert demo.has_work()
+    demo.abort(other)
+
+
+def test_an_interrupted_generate_leaves_nothing_behind(demo: Engine) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo.generate(prompts_of((9, 20)), GREEDY, report=interrupt)
+    assert not demo.has_work()
+    assert demo.stats().kv_cache_usage == 0
+
+
+def test_a_context_beyond_the_models_is_refused(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="limit of 256 tokens"):
+        Engine.from_pretrained(tiny("Llama"), device="cpu", batching=Batching(max_model_len=257))
+
+
+def test_layers_of_other_shapes_than_the_config_are_refused(tiny: Callable[..., Path]) -> None:
+    folder = tiny("GPTNeoX", num_key_value_heads=2)  # a key that this architecture ignores
+    with pytest.raises(ModelError, match="several shapes"):
+        Engine.from_pretrained(folder, device="cpu")

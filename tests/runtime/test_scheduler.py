@@ -135,7 +135,7 @@ def test_the_last_admitted_is_preempted_and_keeps_its_tokens() -> None:
     assert plan.preempted == ("b",)
     assert [chunk.request_id for chunk in plan.chunks] == ["a"]
     [victim] = state.waiting
-    assert (victim.num_computed, victim.num_cached, victim.num_tokens, victim.num_preemptions) == (0, 0, 9, 1)
+    assert (victim.num_computed, victim.num_cached, victim.num_tokens) == (0, 0, 9)
 
 
 def lengths(plan: Plan) -> dict[str, int]:

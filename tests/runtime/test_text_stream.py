@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmopt_cli.errors import ModelError
 from llmopt_cli.runtime.tokenizer import TextStream, Tokenizer
 from llmopt_cli.spec.checkpoint import Checkpoint
 
@@ -60,3 +66,21 @@ def test_a_character_cut_at_the_end_is_marked() -> None:
     ids = TOKENIZER.encode("🙂")
     assert len(ids) > 1
     assert stream(ids[:-1])[1] == TOKENIZER.decode(ids[:-1]) != ""
+
+
+def test_end_ids_come_from_where_there_are_any(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny("Llama"), tmp_path / "m"))
+    ids = []
+    for generation, config in (([7, 8], 9), (None, 9), (None, None)):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+        data = json.loads((folder / "config.json").read_text()) | {"eos_token_id": config}
+        (folder / "config.json").write_text(json.dumps(data))
+        ids.append(Tokenizer(Checkpoint.open(folder)).eos_ids)
+    assert ids == [{7, 8}, {9}, {1}]  # the tokenizer's own is 1
+
+
+def test_a_damaged_tokenizer_is_one_sentence(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny("Llama"), tmp_path / "m"))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        Tokenizer(Checkpoint.open(folder))

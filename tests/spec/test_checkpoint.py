@@ -71,7 +71,14 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
         Checkpoint.open(folder)
 
 
-@pytest.mark.parametrize("name", ["nonesuch", "./nonesuch", "/nonesuch/model", "a/b/c"])
+def test_the_usual_file_is_the_whole_model(folder: Path) -> None:
+    expected = set(Checkpoint.open(folder).tensors)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert {header.file.name for header in Checkpoint.open(folder).tensors.values()} == {"model.safetensors"}
+    assert set(Checkpoint.open(folder).tensors) == expected
+
+
+@pytest.mark.parametrize("name", ["nonesuch", "./nonesuch", "/nonesuch/model", "a/b/c", "~nouser/x", "x" * 300])
 def test_a_name_that_is_nothing_is_a_usage_error(name: str) -> None:
     with pytest.raises(UsageError) as caught:
         Checkpoint.open(name)

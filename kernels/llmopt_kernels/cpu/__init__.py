@@ -113,7 +113,7 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tens
     if count > MOST_ROWS:
         ordered = _in_code_order(x)
         tiles = zip(*(torch.split(part, max(TILE // width, 1)) for part in (codes, scales, zeros)), strict=True)
-        parts = [F.linear(ordered, _unpack(*tile)) for tile in tiles]
+        parts = [F.linear(ordered, _unpack(*tile, x.dtype)) for tile in tiles]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], rows)
@@ -127,10 +127,10 @@ def _in_code_order(x: Tensor) -> Tensor:
     return x.view(*x.shape[:-1], -1, CHUNK // 8, 8).transpose(-1, -2).reshape(x.shape)
 
 
-def _unpack(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+def _unpack(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights (N, K) that the codes mean, columns as `_in_code_order` has them."""
     rows, groups = scales.shape
-    out = scales.new_empty(rows, 2 * codes.shape[1])
+    out = torch.empty(rows, 2 * codes.shape[1], dtype=dtype)
     tensors = (codes, scales, zeros, out)
     _op("int4_unpack", out.dtype)(*(tensor.data_ptr() for tensor in tensors), rows, out.shape[1], groups)
     return out

@@ -161,8 +161,7 @@ constexpr int64_t CHUNK = 128;  // columns whose codes fill one vector of sixtee
 
 // One output of a packed row: per group, scale * (sum of code * x - zero * sum of x). Nibble p of word w is column
 // 8w + p; `split` holds each chunk of x in that order, all first nibbles' columns, then all second ones'.
-template <typename T>
-float int4_dot(const uint8_t* codes, const T* scales, const uint8_t* zeros, const float* split, const float* sums,
+float int4_dot(const uint8_t* codes, const float* scales, const uint8_t* zeros, const float* split, const float* sums,
                int64_t groups, int64_t chunks) {
     f32x16 sum{};
     float rest = 0;
@@ -176,7 +175,7 @@ float int4_dot(const uint8_t* codes, const T* scales, const uint8_t* zeros, cons
                 two += floats(words >> (4 * p + 4) & 15) * load16(split + 16 * p + 16);
             }
         }
-        const float scale = load(scales[g]);
+        const float scale = scales[g];
         sum += scale * (one + two);
         rest += scale * static_cast<float>(zeros[g]) * sums[g];
     }
@@ -185,7 +184,7 @@ float int4_dot(const uint8_t* codes, const T* scales, const uint8_t* zeros, cons
 
 // Few rows of x (m, k) times packed weights (n, k), which are read as they lie; groups are whole chunks.
 template <typename T>
-void int4_linear(const T* x, const uint8_t* codes, const T* scales, const uint8_t* zeros, T* out, int64_t m, int64_t n,
+void int4_linear(const T* x, const uint8_t* codes, const float* scales, const uint8_t* zeros, T* out, int64_t m, int64_t n,
                  int64_t k, int64_t groups) {
     const int64_t size = k / groups;
     std::vector<float> split(m * k), sums(m * groups);
@@ -206,14 +205,14 @@ void int4_linear(const T* x, const uint8_t* codes, const T* scales, const uint8_
 
 // Weights (code - zero) * scale, columns in the order of int4_dot's `split`, for a product with x in the same order.
 template <typename T>
-void int4_unpack(const uint8_t* codes, const T* scales, const uint8_t* zeros, T* out, int64_t n, int64_t k,
+void int4_unpack(const uint8_t* codes, const float* scales, const uint8_t* zeros, T* out, int64_t n, int64_t k,
                  int64_t groups) {
     const int64_t chunks = k / CHUNK, per_group = chunks / groups;
 #pragma omp parallel for schedule(static) if (n * k > 32768)
     for (int64_t row = 0; row < n; ++row)
         for (int64_t c = 0; c < chunks; ++c) {
             const int64_t at = row * groups + c / per_group;
-            const float scale = load(scales[at]);
+            const float scale = scales[at];
             const int32_t zero = zeros[at];
             i32x16 words;
             std::memcpy(&words, codes + (row * chunks + c) * (CHUNK / 2), sizeof words);
@@ -301,11 +300,11 @@ void paged_attention(const T* query, const T* k, const T* v, T* out, const int64
                                     int64_t by) {                                                                      \
         store_rows(x, cache, slots, tokens, width, by);                                                                \
     }                                                                                                                  \
-    void llmopt_int4_linear_##suffix(const T* x, const uint8_t* codes, const T* scales, const uint8_t* zeros, T* out,   \
+    void llmopt_int4_linear_##suffix(const T* x, const uint8_t* codes, const float* scales, const uint8_t* zeros, T* out,   \
                                      int64_t m, int64_t n, int64_t k, int64_t groups) {                                \
         int4_linear(x, codes, scales, zeros, out, m, n, k, groups);                                                    \
     }                                                                                                                  \
-    void llmopt_int4_unpack_##suffix(const uint8_t* codes, const T* scales, const uint8_t* zeros, T* out, int64_t n,    \
+    void llmopt_int4_unpack_##suffix(const uint8_t* codes, const float* scales, const uint8_t* zeros, T* out, int64_t n,    \
                                      int64_t k, int64_t groups) {                                                      \
         int4_unpack(codes, scales, zeros, out, n, k, groups);                                                          \
     }                                                                                                                  \
