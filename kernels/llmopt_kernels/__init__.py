@@ -41,11 +41,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """See `reference.int4_linear`."""
-    return (
-        cpu.int4_linear(x, codes, scales, zeros)
-        if cpu.fits(x, scales)
-        else reference.int4_linear(x, codes, scales, zeros)
-    )
+    return cpu.int4_linear(x, codes, scales, zeros) if cpu.fits(x) else reference.int4_linear(x, codes, scales, zeros)
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -196,3 +196,12 @@ def test_new_slots_and_positions_follow_the_block_table() -> None:
     batch = PagedBatch([Span(2, 6, [7, 3]), Span(1, 1, [0])], 4, torch.device("cpu"))
     assert batch.positions.tolist() == [4, 5, 0]
     assert batch.new_slots.tolist() == [3 * 4 + 0, 3 * 4 + 1, 0]
+
+
+@compiled
+def test_sixteen_bit_products_with_packed_weights_take_the_compiled_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales are float32 whatever x is: a dispatch on their dtype would be right, and ten times slower."""
+    monkeypatch.setattr(reference, "int4_linear", None)
+    codes, zeros = torch.zeros(8, 64, dtype=torch.uint8), torch.zeros(8, 1, dtype=torch.uint8)
+    out = llmopt_kernels.int4_linear(torch.ones(1, 128, dtype=torch.bfloat16), codes, torch.ones(8, 1), zeros)
+    assert out.dtype == torch.bfloat16

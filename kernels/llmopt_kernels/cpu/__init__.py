@@ -113,7 +113,7 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tens
     if count > MOST_ROWS:
         ordered = _in_code_order(x)
         tiles = zip(*(torch.split(part, max(TILE // width, 1)) for part in (codes, scales, zeros)), strict=True)
-        parts = [F.linear(ordered, _unpack(*tile, x.dtype)) for tile in tiles]
+        parts = [F.linear(ordered, _unpack(c, s, z, x.dtype)) for c, s, z in tiles]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], rows)
