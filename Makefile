@@ -17,7 +17,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)  ## append this machine's lines to results/
-	$(BIN)/llmopt bench demo --workload decode --concurrency 1,8,32 --against transformers --results results
+	$(BIN)/llmopt bench demo --workload decode --concurrency 1,8,32 --num-requests 64 --against transformers --results results
 	$(BIN)/python -m llmopt_cli.bench.startup --results results
 	$(BIN)/python -m llmopt_cli.bench.report results
 
