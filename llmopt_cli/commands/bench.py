@@ -212,14 +212,7 @@ def _open_engine(deployment: Recipe, trust: bool, *, with_baseline: bool, out: O
     from llmopt_cli.runtime import Engine
 
     with out.progress(f"loading {deployment.model}") as report:
-        engine = Engine.from_pretrained(
-            deployment.model,
-            dtype=deployment.dtype,
-            device=deployment.device,
-            batching=deployment.batching,
-            trust_remote_code=trust,
-            report=report,
-        )
+        engine = Engine.from_recipe(deployment, trust, report)
     if not with_baseline:
         return EngineTarget(engine), None
     from llmopt_cli.bench.baseline import TransformersTarget

@@ -51,14 +51,7 @@ def generate(
     batching = {"max_model_len": max_model_len, "kv_cache_memory_bytes": kv_cache_memory_bytes}
     recipe = Recipe.resolve(None, model=model, **flags, **batching)
     with out.progress(f"loading {model}") as report:
-        engine = Engine.from_pretrained(
-            recipe.model,
-            dtype=recipe.dtype,
-            device=recipe.device,
-            batching=recipe.batching,
-            trust_remote_code=trust_remote_code,
-            report=report,
-        )
+        engine = Engine.from_recipe(recipe, trust_remote_code, report)
     tokenizer = engine.tokenizer
     ids = [tokenizer.chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text) for text in prompts]
     with out.progress("generating") as report:

@@ -24,7 +24,7 @@ from llmopt_cli.runtime.sampler import sample
 from llmopt_cli.runtime.scheduler import SchedulerState, schedule
 from llmopt_cli.runtime.tokenizer import TextStream, Tokenizer
 from llmopt_cli.spec.checkpoint import Checkpoint
-from llmopt_cli.spec.recipe import Batching
+from llmopt_cli.spec.recipe import Batching, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,18 @@ class Engine:
         tokenizer = Tokenizer(checkpoint, trust_remote_code)
         loaded = load_model(checkpoint, dtype, device, trust_remote_code, report)
         return cls(checkpoint, loaded, tokenizer, batching or Batching())
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, trust_remote_code: bool = False, report: Report | None = None) -> Self:
+        """Load the model of a deployment, as it says."""
+        return cls.from_pretrained(
+            recipe.model,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            batching=recipe.batching,
+            trust_remote_code=trust_remote_code,
+            report=report,
+        )
 
     def generate(
         self,

@@ -43,13 +43,7 @@ def run(
     with _listen(settings.host, settings.port) as listener:
         from llmopt_cli.runtime import AsyncEngine, Engine  # torch: not before the port is known to be free
 
-        engine = Engine.from_pretrained(
-            recipe.model,
-            dtype=recipe.dtype,
-            device=recipe.device,
-            batching=recipe.batching,
-            trust_remote_code=trust_remote_code,
-        )
+        engine = Engine.from_recipe(recipe, trust_remote_code)
         service = Service(AsyncEngine(engine), settings)
         announce(engine.startup_report() | {"url": _url(listener)})
         Server(service).run(sockets=[listener])
