@@ -65,6 +65,11 @@ def test_imports_go_one_way(package: str) -> None:
     assert violations(package) == []
 
 
+def test_the_demo_runs_the_verbs_as_processes_and_imports_none() -> None:
+    ours = {".".join(name.split(".")[:2]) for name in imports(PACKAGE / "demo.py") if name.startswith("llmopt_")}
+    assert ours <= {"llmopt_cli.errors", "llmopt_cli.output", "llmopt_cli.spec"}
+
+
 def test_kernels_import_nothing_of_ours() -> None:
     for file in (ROOT / "kernels").rglob("*.py"):
         assert not any(name.startswith("llmopt_cli") for name in imports(file)), file

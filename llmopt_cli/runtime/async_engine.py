@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from llmopt_cli.errors import ServerError, UsageError
+from llmopt_cli.errors import LlmoptError, ServerError, UsageError
 from llmopt_cli.runtime.engine import Engine
 from llmopt_cli.runtime.request import RequestOutput, SamplingParams
 
@@ -24,6 +24,7 @@ class _Mailbox:
 
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     output: RequestOutput | None = None
+    refusal: LlmoptError | None = None
 
     def put(self, output: RequestOutput) -> None:
         """Merge `output` into what waits, so that a slow reader costs no queue."""
@@ -34,10 +35,17 @@ class _Mailbox:
         self.output = output
         self.arrived.set()
 
+    def refuse(self, refusal: LlmoptError) -> None:
+        """The engine did not let the request in; its reader is to raise `refusal`."""
+        self.refusal = refusal
+        self.arrived.set()
+
     async def take(self) -> RequestOutput | None:
-        """Wait for and take what arrived; None if the engine died or was stopped."""
+        """Wait for and take what arrived; None if the engine died or was stopped. Raises a refusal."""
         await self.arrived.wait()
         self.arrived.clear()
+        if self.refusal is not None:
+            raise self.refusal
         output, self.output = self.output, None
         return output
 
@@ -85,14 +93,14 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield outputs as they come, the last with a finish reason. Closing the iterator aborts the request.
 
-        Raises at the first step what `Engine.check` raises, and ServerError if the engine died or was stopped.
+        Raises at the first step what `Engine.add_request` raises, and ServerError if the engine died or was stopped.
         """
         self.engine.check(prompt_ids, params)
         request_id = request_id or f"stream-{next(self._ids)}"
         if request_id in self._mailboxes:
             raise UsageError(f"request id `{request_id}` is already running")
         mailbox = self._mailboxes[request_id] = _Mailbox()
-        self._send(lambda: self.engine.add_request(prompt_ids, params, request_id))
+        self._send(lambda: self._add(mailbox, prompt_ids, params, request_id))
         finished = False
         try:
             while not finished:
@@ -104,13 +112,21 @@ class AsyncEngine:
                 yield output
         finally:
             del self._mailboxes[request_id]
-            if not finished:
+            if not finished and mailbox.refusal is None:
                 self._send(lambda: self.engine.abort(request_id))
 
     def _send(self, command: Callable[[], object]) -> None:
         with self._wake:
             self._commands.append(command)
             self._wake.notify()
+
+    def _add(self, mailbox: _Mailbox, prompt_ids: Sequence[int], params: SamplingParams, request_id: str) -> None:
+        """On the thread: a refusal is the business of one reader, not the end of the engine."""
+        assert self._loop is not None
+        try:
+            self.engine.add_request(prompt_ids, params, request_id)
+        except LlmoptError as refusal:
+            self._loop.call_soon_threadsafe(mailbox.refuse, refusal)
 
     def _work(self) -> None:
         """The thread: take commands, step while there is work, hand outputs to the loop."""

@@ -61,7 +61,8 @@ class Engine:
         self.max_model_len = batching.max_model_len or spec.max_context
         if self.max_model_len > spec.max_context:
             raise UsageError(
-                f"--max-model-len {self.max_model_len} is above the model's own limit of {spec.max_context:,} tokens"
+                f"--max-model-len {self.max_model_len} is above the model's own limit of {spec.max_context:,} tokens",
+                "give at most that, or leave the flag out",
             )
         self.batching = replace(batching, max_model_len=self.max_model_len)
         self.cache_size = size_cache(spec, batching, self.max_model_len, loaded.dtype, loaded.device)
@@ -118,9 +119,11 @@ class Engine:
         encoded = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         for ids, one in zip(encoded, each, strict=True):
             self.check(ids, one)
-        order = [self.add_request(ids, one) for ids, one in zip(encoded, each, strict=True)]
+        order: list[str] = []
         finished: dict[str, RequestOutput] = {}
         try:
+            for ids, one in zip(encoded, each, strict=True):
+                order.append(self.add_request(ids, one))
             while len(finished) < len(order):
                 outputs = (output for output in self.step() if output.finished and output.request_id in order)
                 finished |= {output.request_id: output for output in outputs}

@@ -61,20 +61,31 @@ def size_cache(
 
 
 def hang_cache(layers: Sequence[PagedLayer], size: CacheSize, dtype: torch.dtype, device: torch.device) -> None:
-    """Allocate keys and values for every layer: (slots, KV heads, head size). Exactly `size.nbytes` in all."""
+    """Allocate keys and values for every layer: (slots, KV heads, head size). Exactly `size.nbytes` in all.
+
+    Raises ModelError if the layers need another number of bytes than config.json says, CapacityError if there are not
+    as many; no layer holds a tensor then.
+    """
     slots = size.num_tokens
-    for layer in layers:
-        assert layer.seen is not None, "layers are probed when the model is loaded"
-        # Zeros, not garbage: a masked NaN would still poison the sum over values.
-        layer.k = torch.zeros(slots, layer.seen.kv_heads, layer.seen.head_dim, dtype=dtype, device=device)
-        layer.v = torch.zeros(slots, layer.seen.kv_heads, layer.seen.value_dim, dtype=dtype, device=device)
-    allocated = sum(t.nbytes for layer in layers for t in (layer.k, layer.v) if t is not None)
-    if allocated != size.nbytes:
-        release_cache(layers)
+    seen = [layer.seen for layer in layers if layer.seen is not None]
+    assert len(seen) == len(layers), "layers are probed when the model is loaded"
+    needed = slots * dtype.itemsize * sum(facts.kv_heads * (facts.head_dim + facts.value_dim) for facts in seen)
+    if needed != size.nbytes:
         raise ModelError(
-            f"the layers' keys and values take {allocated:,} bytes where config.json makes {size.nbytes:,}; "
+            f"the layers' keys and values take {needed:,} bytes where config.json makes {size.nbytes:,}; "
             "layers of several shapes are not supported"
         )
+    try:
+        for layer, facts in zip(layers, seen, strict=True):
+            # Zeros, not garbage: a masked NaN would still poison the sum over values.
+            layer.k = torch.zeros(slots, facts.kv_heads, facts.head_dim, dtype=dtype, device=device)
+            layer.v = torch.zeros(slots, facts.kv_heads, facts.value_dim, dtype=dtype, device=device)
+    except RuntimeError as error:  # out of memory: on a CPU torch has no narrower class for it
+        release_cache(layers)
+        raise CapacityError(
+            f"{device} has no {size.nbytes / 2**20:,.1f} MiB left for the KV cache",
+            "give less with `--kv-cache-memory-bytes`, or lower `--max-model-len`",
+        ) from error
 
 
 def release_cache(layers: Sequence[PagedLayer]) -> None:

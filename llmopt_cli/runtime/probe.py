@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 UNKNOWN = 4 * 1024**3
-CGROUP_FILES = (  # limit and use, versions 2 and 1
-    ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
-    ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
+
+
+@dataclass(frozen=True, slots=True)
+class ControlGroup:
+    """Where a version of Linux control groups tells a container's memory limit, use, and the page cache in that use."""
+
+    limit: str
+    used: str
+    stat: str
+    page_cache: str  # the line of `stat`
+
+
+CONTROL_GROUPS = (
+    ControlGroup("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ControlGroup(
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
 )
 
 
@@ -22,24 +40,35 @@ def free_memory(device: torch.device) -> int:
 
 
 def available_ram(root: Path = Path("/")) -> int:
-    """What Linux says is available, or what a container's limit leaves if that is less; 4 GiB where neither is told."""
-    known = [_meminfo(root)]
-    for limit, used in CGROUP_FILES:
-        known.append(_number(root / limit, -1) - _number(root / used, 0))
-    return min((amount for amount in known if amount > 0), default=UNKNOWN)
+    """What Linux says is available, or what a container's limit leaves if that is less; 4 GiB where neither is told.
+
+    A limit leaves its bytes less those in use; page cache does not count as use, the kernel drops it when asked.
+    """
+    known = [_room(root / "sys/fs/cgroup", group) for group in CONTROL_GROUPS]
+    machine = _field(root / "proc/meminfo", "MemAvailable:")
+    known.append(machine * 1024 if machine is not None else None)
+    return min((room for room in known if room is not None), default=UNKNOWN)
 
 
-def _meminfo(root: Path) -> int:
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+def _room(folder: Path, group: ControlGroup) -> int | None:
+    limit, used = _number(folder / group.limit), _number(folder / group.used)
+    if limit is None or used is None:
+        return None
+    return max(limit - used + (_field(folder / group.stat, group.page_cache) or 0), 0)
 
 
-def _number(file: Path, otherwise: int) -> int:
-    """The number in a file; `otherwise` if there is no file or no limit (`max`)."""
+def _number(file: Path) -> int | None:
+    """The number that a file holds; None if there is no file, or no limit (`max`)."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):
-        return otherwise
+        return None
+
+
+def _field(file: Path, name: str) -> int | None:
+    """The number in the line `name NUMBER ...`; None if there is no such line or file."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), None)

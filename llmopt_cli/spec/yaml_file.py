@@ -45,7 +45,7 @@ def read_yaml(path: Path, kind: type[T]) -> T:
         data = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigFileError(f"cannot read `{path}`: {error}") from None
-    except ValueError as error:  # a date or number that is none
+    except (ValueError, KeyError, AttributeError) as error:  # what the parser lets through for a date that is none
         raise ConfigFileError(f"`{path}` holds a wrong value: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

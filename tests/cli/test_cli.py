@@ -35,27 +35,36 @@ def test_completion_is_offered() -> None:
     assert "complete" in run.stdout
 
 
-BAD_INPUT = [
-    (("generate", "nonesuch", "--prompt", "x"), 2, "unknown model `nonesuch`"),
-    (("generate", "nobody/nothing", "--prompt", "x"), 1, "not in the local cache"),
-    (("generate", "demo"), 2, "there is no prompt"),
-    (("generate", "demo", "--prompt", "x", "--temperature", "-1"), 2, "temperature"),
-    (("generate", "demo", "--prompt", "x", "--dtype", "int3"), 2, "unknown dtype `int3`"),
-    (("generate", "demo", "--prompt", "word " * 3000), 1, "the context is 2,048"),
-    (("estimate", "--model", "70x", "--gpu", "a100"), 2, "70x"),
-    (("estimate", "--model", "70b", "--gpu", "a1000000"), 2, "a1000000"),
-    (("quantize", "demo", "--method", "awk"), 2, "unknown method `awk`"),
-    (("bench", "demo", "--workload", "chatt"), 2, "unknown workload `chatt`"),
-    (("serve", "--recipe", "nonesuch"), 2, "unknown recipe `nonesuch`"),
+PROMPT = ("--prompt", "x")
+BAD_INPUT: list[tuple[tuple[str, ...], int, str, str | None]] = [  # the last: what the hint names, if there is one
+    (("generate", "nonesuch", *PROMPT), 2, "unknown model `nonesuch`", "`demo`"),
+    (("generate", "nobody/nothing", *PROMPT), 1, "not in the local cache", "`demo`"),
+    (("generate", "demo"), 2, "there is no prompt", "--prompt"),
+    (("generate", "demo", *PROMPT, "--temperature", "-1"), 2, "temperature must lie in 0..100, not -1", None),
+    (("generate", "demo", *PROMPT, "--dtype", "int3"), 2, "unknown dtype `int3`", "float32"),
+    (("generate", "demo", "--prompt", "word " * 3000), 1, "the context is 2,048", "shorten the prompt"),
+    (("generate", "demo", *PROMPT, "--max-model-len", "4096"), 2, "limit of 2,048 tokens", "at most that"),
+    (("generate", "demo", *PROMPT, "--kv-cache-memory-bytes", "9"), 1, "KV cache", "--kv-cache-memory-bytes"),
+    (("estimate", "--model", "70x", "--gpu", "a100"), 2, "70x", "llmopt models"),
+    (("estimate", "--model", "70b", "--gpu", "a1000000"), 2, "a1000000", "llmopt gpus"),
+    (("quantize", "demo", "--method", "awk"), 2, "unknown method `awk`", "awq"),
+    (("bench", "demo", "--workload", "chatt"), 2, "unknown workload `chatt`", "chat"),
+    (("serve", "--recipe", "nonesuch"), 2, "unknown recipe `nonesuch`", "bf16"),
+    (("demo", "--output", "."), 2, "`.` exists already", "a folder that does not"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "code", "message"), BAD_INPUT, ids=[" ".join(a)[:40] for a, *_ in BAD_INPUT])
-def test_bad_input_is_one_sentence_a_hint_and_an_exit_code(arguments: tuple[str, ...], code: int, message: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code", "message", "hint"), BAD_INPUT, ids=[" ".join(a)[:60] for a, *_ in BAD_INPUT]
+)
+def test_bad_input_is_one_sentence_a_hint_and_an_exit_code(
+    arguments: tuple[str, ...], code: int, message: str, hint: str | None
+) -> None:
     run = llmopt(*arguments)
+    error, _, said = run.stderr.partition("hint: ")
     assert run.returncode == code
-    assert message in run.stderr
-    assert "hint: " in run.stderr or "must" in run.stderr  # a range says by itself what to do
+    assert message in error
+    assert hint in said if hint else said == ""
     assert "Traceback" not in run.stderr
     assert run.stdout == ""
 
@@ -94,3 +103,11 @@ def test_generate_reads_stdin_and_wraps_chat() -> None:
     run = subprocess.run(command, input="Who are you?", capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip()
+
+
+def test_stdin_that_is_not_text_is_refused() -> None:
+    command = [sys.executable, "-m", "llmopt_cli", "generate", "demo", "--prompt", "-"]
+    run = subprocess.run(command, input=b"caf\xe9", capture_output=True)
+    assert run.returncode == 2
+    assert b"the prompt on stdin is not UTF-8" in run.stderr
+    assert b"Traceback" not in run.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -103,6 +103,28 @@ def test_a_request_id_in_use_is_refused_and_harms_nobody(engine: Engine) -> None
     run(work())
 
 
+def test_a_refusal_on_the_thread_reaches_only_its_own_stream(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = engine.add_request
+
+    def picky(prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None) -> str:
+        if request_id == "odd":
+            raise UsageError("not this one")
+        return add(prompt_ids, params, request_id)
+
+    async def work() -> None:
+        monkeypatch.setattr(engine, "add_request", picky)
+        async with AsyncEngine(engine) as running:
+            params = SamplingParams(max_tokens=30, ignore_eos=True)
+            first = running.stream([5, 6], params)
+            await anext(first)
+            with pytest.raises(UsageError, match="not this one"):
+                await anext(running.stream([7, 8], params, "odd"))
+            assert (await collect(first))[-1].finished
+            assert running.failure is None
+
+    run(work())
+
+
 def test_impossible_requests_raise_at_the_first_step(engine: Engine) -> None:
     async def work() -> None:
         async with AsyncEngine(engine) as running:
@@ -127,3 +149,22 @@ def test_a_dying_engine_reaches_every_reader(engine: Engine, monkeypatch: pytest
 
     run(work())
     assert not engine.has_work()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_too_broken_to_clean_up_still_reaches_its_readers(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode() -> None:
+        raise RuntimeError("out of luck")
+
+    async def work() -> None:
+        async with AsyncEngine(engine) as running:
+            monkeypatch.setattr(engine, "step", explode)
+            monkeypatch.setattr(engine, "abort_all", explode)
+            with pytest.raises(ServerError, match="out of luck"):
+                await collect(running.stream([5, 6], SamplingParams()))
+
+    run(work())
+    monkeypatch.undo()
+    engine.abort_all()

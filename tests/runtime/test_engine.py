@@ -174,7 +174,18 @@ def test_requests_that_can_never_run_are_refused(demo: Engine) -> None:
 def test_cache_smaller_than_one_request_is_refused_with_the_way_out() -> None:
     with pytest.raises(CapacityError, match="KV cache would hold") as caught:
         Engine.from_pretrained("demo", batching=Batching(kv_cache_memory_bytes=2**20))
-    assert "--max-model-len" in str(caught.value.hint)
+    assert str(caught.value.hint).startswith("lower `--max-model-len` to 336, or give more")
+
+
+def test_a_cache_of_no_blocks_is_refused_without_a_context_of_none() -> None:
+    with pytest.raises(CapacityError, match="would hold 0 tokens") as caught:
+        Engine.from_pretrained("demo", batching=Batching(kv_cache_memory_bytes=100))
+    assert caught.value.hint == "give more with `--kv-cache-memory-bytes`"
+
+
+def test_a_cache_beyond_the_machine_is_refused() -> None:
+    with pytest.raises(CapacityError, match="left for the KV cache"):
+        Engine.from_pretrained("demo", device="cpu", batching=Batching(kv_cache_memory_bytes=2**60))
 
 
 def test_abort_frees_blocks_in_every_state(demo: Engine) -> None:
@@ -213,6 +224,22 @@ def test_an_interrupted_generate_leaves_nothing_behind(demo: Engine) -> None:
     assert demo.stats().kv_cache_usage == 0
 
 
+def test_a_generate_interrupted_while_it_adds_leaves_nothing_behind(
+    demo: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = demo.add_request
+
+    def interrupt(prompt_ids: list[int], params: SamplingParams) -> str:
+        if demo.has_work():
+            raise KeyboardInterrupt
+        return add(prompt_ids, params)
+
+    monkeypatch.setattr(demo, "add_request", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        demo.generate(prompts_of((9, 20)), GREEDY)
+    assert not demo.has_work()
+
+
 def test_a_context_beyond_the_models_is_refused(tiny: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match="limit of 256 tokens"):
         Engine.from_pretrained(tiny("Llama"), device="cpu", batching=Batching(max_model_len=257))
@@ -220,5 +247,6 @@ def test_a_context_beyond_the_models_is_refused(tiny: Callable[..., Path]) -> No
 
 def test_layers_of_other_shapes_than_the_config_are_refused(tiny: Callable[..., Path]) -> None:
     folder = tiny("GPTNeoX", num_key_value_heads=2)  # a key that this architecture ignores
-    with pytest.raises(ModelError, match="several shapes"):
-        Engine.from_pretrained(folder, device="cpu")
+    for batching in (Batching(), Batching(kv_cache_memory_bytes=2**60)):  # found before anything is allocated
+        with pytest.raises(ModelError, match="several shapes"):
+            Engine.from_pretrained(folder, device="cpu", batching=batching)

@@ -18,6 +18,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
+STAT = "anon 7\ninactive_file 40\nactive_file 3\n"
 MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 1000 kB\n"}
 
 
@@ -28,6 +29,8 @@ MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 1000 kB\n"}
         (MEMINFO, 1000 * 1024),
         (MEMINFO | {V2.format("max"): "max\n", V2.format("current"): "500"}, 1000 * 1024),
         (MEMINFO | {V2.format("max"): "9000\n", V2.format("current"): "500"}, 8500),
+        (MEMINFO | {V2.format("max"): "9000\n", V2.format("current"): "9001"}, 0),
+        (MEMINFO | {V2.format("max"): "9000", V2.format("current"): "9000", V2.format("stat"): STAT}, 40),
         (MEMINFO | {V1.format("limit"): "7000", V1.format("usage"): "1000"}, 6000),
         (MEMINFO | {V1.format("limit"): str(2**62), V1.format("usage"): "1000"}, 1000 * 1024),
     ],

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmopt_cli.errors import ModelError
+from llmopt_cli.errors import CheckpointError, LlmoptError, ModelError
 from llmopt_cli.runtime.tokenizer import TextStream, Tokenizer
 from llmopt_cli.spec.checkpoint import Checkpoint
 
@@ -71,16 +71,27 @@ def test_a_character_cut_at_the_end_is_marked() -> None:
 def test_end_ids_come_from_where_there_are_any(tiny: Callable[..., Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny("Llama"), tmp_path / "m"))
     ids = []
-    for generation, config in (([7, 8], 9), (None, 9), (None, None)):
+    for generation, config, nested in (([7, 8], 9, 10), (None, 9, 10), (None, None, 10), (None, None, None)):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
         data = json.loads((folder / "config.json").read_text()) | {"eos_token_id": config}
+        data["text_config"] = {"eos_token_id": nested}
         (folder / "config.json").write_text(json.dumps(data))
         ids.append(Tokenizer(Checkpoint.open(folder)).eos_ids)
-    assert ids == [{7, 8}, {9}, {1}]  # the tokenizer's own is 1
+    assert ids == [{7, 8}, {9}, {10}, {1}]  # the tokenizer's own is 1
 
 
-def test_a_damaged_tokenizer_is_one_sentence(tiny: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "text", "error", "message"),
+    [
+        ("tokenizer.json", "{}", ModelError, "no usable tokenizer"),
+        ("tokenizer.json", '{"version": "1', ModelError, "no usable tokenizer"),
+        ("generation_config.json", '{"eos_tok', CheckpointError, "cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence(
+    tiny: Callable[..., Path], tmp_path: Path, file: str, text: str, error: type[LlmoptError], message: str
+) -> None:
     folder = Path(shutil.copytree(tiny("Llama"), tmp_path / "m"))
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ModelError, match="no usable tokenizer"):
+    (folder / file).write_text(text)
+    with pytest.raises(error, match=message):
         Tokenizer(Checkpoint.open(folder))

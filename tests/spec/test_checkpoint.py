@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from llmopt_cli.errors import CheckpointError, LlmoptError, UsageError
-from llmopt_cli.spec.checkpoint import Checkpoint, read_header
+from llmopt_cli.spec.checkpoint import HUB_FILES, HUB_LEAVES, Checkpoint, read_header
 
 
 @pytest.fixture
@@ -91,6 +92,13 @@ def test_the_name_is_the_folder_s_or_the_hub_id(folder: Path, monkeypatch: pytes
     assert Checkpoint.open("somebody/something").name == "somebody/something"
     monkeypatch.chdir(folder)
     assert Checkpoint.open(".").name == folder.name
+
+
+def test_a_download_takes_the_weights_once_and_the_code_beside_them() -> None:
+    wanted = ["config.json", "model-1.safetensors", "modeling_own.py", "tokenizer.json", "tokenizer.model"]
+    others = ["consolidated.safetensors", "original/params.json", "pytorch_model.bin", "README.md"]
+    taken = filter_repo_objects([*wanted, *others], allow_patterns=HUB_FILES, ignore_patterns=HUB_LEAVES)
+    assert list(taken) == wanted
 
 
 def test_a_hub_id_without_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

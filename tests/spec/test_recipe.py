@@ -54,6 +54,9 @@ def test_without_a_file_the_defaults_hold() -> None:
         ("batching:\n  block_size: 0\n", "line 1: block_size must be at least 1, not 0", None),
         ("- a list\n", "must hold `key: value` lines", None),
         ("model: 2024-13-45\n", "holds a wrong value", None),
+        ("model: !!int abc\n", "holds a wrong value", None),
+        ("model: !!bool abc\n", "holds a wrong value", None),
+        ("model: !!timestamp abc\n", "holds a wrong value", None),
         ("model: [unclosed\n", "line 2 is not valid YAML", None),
     ],
 )
