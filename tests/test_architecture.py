@@ -20,7 +20,8 @@ ALLOWED = {  # package -> packages it may import, beside itself and the errors
     "estimate": {"spec", "runtime.request", "runtime.scheduler", "runtime.blocks"},
     "bench": {"runtime", "estimate", "model", "spec"},
     "server": {"runtime", "estimate", "model", "spec"},
-    "commands": {"server", "bench", "quant", "runtime", "estimate", "model", "spec", "demo"},
+    "views": {"estimate", "spec"},
+    "commands": {"views", "server", "bench", "quant", "runtime", "estimate", "model", "spec", "demo"},
 }
 ROOT_FILES = {
     *("pyproject.toml", "setup.py", "README.md", "Makefile", "constraints.txt", "LICENSE", "CHANGELOG.md"),

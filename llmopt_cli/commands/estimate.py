@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from llmopt_cli.estimate.figures import plain
 from llmopt_cli.options import JsonOpt, MaxModelLenOpt, RecipeOpt
-from llmopt_cli.output import Output, lines, table
-from llmopt_cli.spec.hardware import GB, GIB
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from llmopt_cli.estimate.latency import Band
-    from llmopt_cli.estimate.plan import Fit, Plan, Question
-    from llmopt_cli.estimate.rules import Comparison
-    from llmopt_cli.spec.recipe import Recipe
+from llmopt_cli.output import Output
 
 ModelOpt = Annotated[
     str | None,
@@ -62,180 +51,18 @@ def estimate(
     json: JsonOpt = False,
 ) -> None:
     """Does a model fit on a GPU, how fast is it there, and what does a token cost? Nothing is downloaded or run."""
-    from llmopt_cli.estimate.plan import Load, answer, ask, deployment
+    from llmopt_cli.estimate import deployment, plan
+    from llmopt_cli.estimate.load import Load
+    from llmopt_cli.views import plan as view
 
-    flags = {"model": model, "gpu": gpu, "scheme": scheme, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
-    wanted = deployment(recipe, **flags)
-    plan = answer(ask(wanted, Load(concurrency, input_len, output_len), tp, gpu_price))
-    Output(as_json=json).result(_data(plan, wanted), lambda: _render(plan, wanted))
-
-
-def _data(plan: Plan, wanted: Recipe) -> dict[str, Any]:
-    """The whole plan as JSON: bytes, seconds, USD; every key names its unit."""
-    from llmopt_cli.estimate.constants import Constants
-
-    question, spec, gpu = plan.question, plan.question.spec, plan.question.hardware
-    return {
-        "model": {
-            "asked": wanted.model,
-            "parameters": spec.num_params,
-            "active_parameters": spec.num_active_params,
-            **dataclasses.asdict(spec),
-        },
-        "gpu": {"asked": wanted.gpu, **dataclasses.asdict(gpu)},
-        "scheme": {"bits_per_weight": question.scheme.bits_per_weight, **dataclasses.asdict(question.scheme)},
-        "load": dataclasses.asdict(question.load),
-        "batching": dataclasses.asdict(question.batching),
-        "formulas": [dataclasses.asdict(comparison) for comparison in plan.comparisons],
-        "memory": [_fit_data(fit) for fit in plan.fits],
-        "recommended_gpus": plan.recommended.gpus if plan.recommended else None,
-        "smaller": [{"scheme": scheme.name, **_fit_data(fit)} for scheme, fit in plan.smaller],
-        "speed": _speed_data(plan),
-        "price": dataclasses.asdict(question.price) if question.price else None,
-        "usd_per_1k_output_tokens": plan.usd_per_1k,
-        "constants": {
-            field.name: {"value": field.default, "source": field.metadata["source"]}
-            for field in dataclasses.fields(Constants)
-        },
-        "caveats": plan.caveats,
-    }
-
-
-def _fit_data(fit: Fit) -> dict[str, Any]:
-    weights, activations, non_torch, kv_cache = _parts(fit)
-    return {
-        "gpus": fit.gpus,
-        "verdict": fit.verdict,
-        "reason": fit.reason,
-        "usable_bytes_per_gpu": fit.budget.usable,
-        "weights_bytes_per_gpu": weights,
-        "activations_bytes_per_gpu": activations,
-        "non_torch_bytes_per_gpu": non_torch,
-        "kv_cache_bytes_per_gpu": kv_cache,
-        "kv_tokens": fit.kv_tokens,
-        "max_requests": fit.max_requests,
-    }
-
-
-def _speed_data(plan: Plan) -> dict[str, Any] | None:
-    if plan.speed is None:
-        return None
-    speed = dataclasses.asdict(plan.speed)
-    renamed = {f"{name}_s": speed.pop(name) for name in ("prefill", "ttft", "tpot")}
-    return {**speed, **renamed, "output_tokens_per_s": plan.speed.tokens_per_s}
-
-
-def _render(plan: Plan, wanted: Recipe) -> list[RenderableType]:
-    question = plan.question
-    parts: list[RenderableType] = [
-        _meaning(question, wanted),
-        _comparison_table(plan.comparisons, (plan.recommended or plan.fits[-1]).gpus),
-        _memory_table(plan),
-        _recommendation(plan),
-    ]
-    if plan.speed:
-        parts += ["", _speed_lines(plan)]
-    return parts + [f"note: {caveat}" for caveat in plan.caveats]
-
-
-def _meaning(question: Question, wanted: Recipe) -> str:
-    spec, gpu, scheme, load = question.spec, question.hardware, question.scheme, question.load
-    size = f"{plain(spec.num_params / 1e9, 3)} B parameters"
-    if spec.experts:
-        size += f", {plain(spec.num_active_params / 1e9, 3)} B of them for a token"
-    heads = f"{spec.num_heads} heads, {spec.num_kv_heads} KV heads"
-    memory = f"{gpu.memory_gib:g} GiB usable of {gpu.memory_gb:g} GB, {gpu.bandwidth_gb_s:,.0f} GB/s"
-    batch = f", {question.needed} in one batch" if question.needed < load.concurrency else ""
-    meanings = [
-        (wanted.model, f"{spec.name}: {size}, {spec.num_layers} layers, {heads}, context {spec.max_context:,}"),
-        (str(wanted.gpu), f"{gpu.name}: {memory}, {gpu.bf16_tflops:g} TFLOPS in 16 bits"),
-        (scheme.name, f"{scheme.bits_per_weight:.4g} bits a weight: {scheme.note}"),
-        ("load", f"{load.concurrency} requests at once{batch}, {load.input_len:,} tokens in, {load.output_len:,} out"),
-    ]
-    return lines([(name, f"= {meaning}") for name, meaning in meanings])
-
-
-def _comparison_table(comparisons: list[Comparison], gpus: int) -> RenderableType:
-    rows = []
-    for comparison in comparisons:
-        for kind, figure in (("rule of thumb", comparison.rule), ("exact", comparison.exact)):
-            values = [_amount(value, comparison.unit) for value in sorted({figure.low, figure.high})]
-            rows.append((f"{comparison.name}, {kind}: {figure.formula}", " to ".join(values)))
-    return table(f"\nBy hand and exactly, {_gpus(gpus)} (GB = 1e9 bytes)", ("formula", "gives"), rows)
-
-
-def _amount(value: float, unit: str) -> str:
-    return f"{plain(value / GB, 4)} GB" if unit == "bytes" else f"{plain(value * 1e3, 3)} ms"
-
-
-def _gpus(count: int) -> str:
-    return "1 GPU" if count == 1 else f"{count} GPUs"
-
-
-def _memory_table(plan: Plan) -> RenderableType:
-    columns = ("GPUs", "weights", "activations", "non-torch", "KV cache", "KV tokens", "requests", "verdict")
-    rows = [
-        (
-            str(fit.gpus),
-            *(f"{part / GIB:.2f}" for part in _parts(fit)),
-            f"{fit.kv_tokens:,}",
-            f"{fit.max_requests:,}",
-            fit.reason,
-        )
-        for fit in plan.fits
-    ]
-    usable = plan.fits[0].budget.usable / GIB
-    return table(f"Memory of each GPU in GiB (1024^3 bytes), {usable:.2f} of it to use", columns, rows)
-
-
-def _parts(fit: Fit) -> tuple[float, ...]:
-    memory = fit.budget
-    return memory.weights, memory.activations, memory.non_torch, max(memory.free, 0.0)
-
-
-def _recommendation(plan: Plan) -> str:
-    name, scheme = plan.question.hardware.name, plan.question.scheme.name
-    fit, limit = plan.recommended, plan.question.batching.max_model_len or plan.question.spec.max_context
-    if fit is None:
-        said = f"Recommended: none, {scheme} does not fit {_gpus(plan.fits[-1].gpus)}."
-    else:
-        said = f"Recommended: {fit.gpus} x {name} in {scheme} ({fit.reason})."
-        if fit.kv_tokens < limit:
-            said += f" Start the engine with --max-model-len {fit.kv_tokens} or less: {limit:,} do not fit."
-    smaller = [f"{scheme.name}: {_gpus(other.gpus)} ({other.reason})" for scheme, other in plan.smaller]
-    return said + (f"\nIn fewer bits: {'; '.join(smaller)}." if smaller else "")
-
-
-def _speed_lines(plan: Plan) -> str:
-    speed, fit = plan.speed, plan.recommended
-    assert speed
-    assert fit
-    return lines(
-        [
-            ("speed", f"closed form, {speed.batch} requests at once on {_gpus(fit.gpus)}"),
-            ("prefill", f"{speed.prefill * 1e3:,.1f} ms for one prompt"),
-            ("TTFT", _with_band(speed.ttft, speed.ttft_band)),
-            ("TPOT", _with_band(speed.tpot, speed.tpot_band)),
-            ("output", f"{speed.tokens_per_s:,.0f} tokens/s, {speed.tokens_per_s / fit.gpus:,.0f} per GPU"),
-            *_cost_lines(plan, fit.gpus, speed.tokens_per_s),
-        ]
+    wanted = deployment.wanted(
+        recipe,
+        model=model,
+        gpu=gpu,
+        scheme=scheme,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        tensor_parallel_size=tp,
     )
-
-
-def _with_band(seconds: float, band: Band | None) -> str:
-    said = f"{plain(seconds * 1e3, 4)} ms"
-    if band is None:
-        return f"{said} (no error band, see the note)"
-    low, high = (plain(seconds * 1e3 * (1 + sign * band.median_error), 3) for sign in (-1, 1))
-    return f"{said} ({low} to {high}: +-{band.median_error:.0%}, {band.basis})"
-
-
-def _cost_lines(plan: Plan, gpus: int, tokens_per_s: float) -> list[tuple[str, str]]:
-    price, cost = plan.question.price, plan.usd_per_1k
-    if price is None or cost is None:
-        return [("cost", "no price of this GPU is in the catalogue; give one with --gpu-price")]
-    formula = f"${price.usd_per_hour * gpus:,.2f}/h x {plain(1000 / tokens_per_s, 3)} s per 1K / 3600"
-    return [
-        ("cost", f"${plain(cost, 3)} per 1K output tokens = {formula}; ${plain(cost * 1e3, 3)} per 1M"),
-        ("price", f"${price.usd_per_hour:,.2f} an hour for one: {price.source}"),
-    ]
+    found = plan.answer(plan.ask(wanted, Load.fixed(concurrency, input_len, output_len), gpu_price))
+    Output(as_json=json).result(view.data(found, wanted), lambda: view.render(found, wanted))

@@ -8,12 +8,17 @@ by hand; "operator tables" are the kernel times measured in the same repository.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from llmopt_cli.errors import UnknownNameError
 from llmopt_cli.spec.hardware import GIB
+from llmopt_cli.spec.recipe import Batching
+
+T = TypeVar("T")
 
 
-def _constant(value: float, source: str) -> float:
-    found: float = field(default=value, metadata={"source": source})
+def _constant(value: T, source: str) -> T:
+    found: T = field(default=value, metadata={"source": source})
     return found
 
 
@@ -21,10 +26,12 @@ def _constant(value: float, source: str) -> float:
 class Constants:
     """Times in seconds, memory in bytes, efficiencies as fractions of a datasheet's peak."""
 
+    name: str = _constant("vllm", "the engine")
     # Time
     gemm_s: float = _constant(5e-6, "serving runs; operator tables: 3.8 us on H100, 5.9 us on A100")
     attention_s: float = _constant(8e-6, "serving runs; operator tables: 13-21 us for one decode kernel alone")
     allreduce_s: float = _constant(8e-6, "serving runs; operator tables: 3-5 us TensorRT-LLM, 12-14 us vLLM on H100")
+    hop_s: float = _constant(10e-6, "aiconfigurator: constant of a point-to-point transfer")
     norm_s: float = _constant(3e-6, "aiconfigurator: constant of its elementwise kernels")
     memory_efficiency: float = _constant(0.8, "serving runs; aiconfigurator: mem_bw_empirical_scaling")
     memory_efficiency_int8: float = _constant(0.62, "gpt-fast: weight-only int8 at batch 1 is 16-34 % below 0.8")
@@ -50,3 +57,16 @@ class Constants:
 
 
 VLLM = Constants()
+ENGINES: dict[str, Constants] = {"vllm": VLLM, "llmopt": Constants(name="llmopt")}
+
+
+def find_engine(name: str) -> Constants:
+    """The constants of an engine; an unknown name raises UnknownNameError with the nearest ones."""
+    if name.lower() not in ENGINES:
+        raise UnknownNameError("engine", name, ENGINES)
+    return ENGINES[name.lower()]
+
+
+def default_batching(engine: Constants) -> Batching:
+    """How the engine batches unless told otherwise."""
+    return Batching(int(engine.max_num_seqs), int(engine.max_num_batched_tokens))

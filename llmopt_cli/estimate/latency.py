@@ -7,13 +7,17 @@ Knows nothing of queues: arrival, batching over time and distributions are a sim
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from llmopt_cli.estimate.constants import VLLM, Constants
-from llmopt_cli.estimate.memory import KV_BYTES, kv_values_per_layer
+from llmopt_cli.estimate.constants import Constants
+from llmopt_cli.estimate.deployment import Deployment, Draft
+from llmopt_cli.estimate.load import Load
+from llmopt_cli.estimate.memory import kv_values_per_layer
 from llmopt_cli.spec.hardware import Hardware
 from llmopt_cli.spec.model import ModelSpec
-from llmopt_cli.spec.scheme import Scheme
+from llmopt_cli.spec.scheme import Scheme, find_scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,41 +44,93 @@ def ttft_band(spec: ModelSpec) -> Band | None:
     return None if spec.experts else DENSE_TTFT
 
 
+DRAFTS_IN = find_scheme("bf16")
+Chunk = tuple[int, int]  # (prompt tokens computed in this step, tokens of the same prompt in cache before)
+
+
 @dataclass(frozen=True, slots=True)
 class StepModel:
-    """The time of one step of `spec` in `scheme` on `tp` GPUs. Lengths and batches in tokens and requests.
+    """The time of one forward pass of a deployment. Lengths in tokens, batches in requests, times in seconds.
 
     Grouped-query, sliding-window, latent attention and experts are counted as what they read and multiply.
     """
 
-    spec: ModelSpec
-    hardware: Hardware
-    scheme: Scheme
-    tp: int = 1
-    constants: Constants = VLLM
+    on: Deployment
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model."""
+        return self.on.spec
+
+    @property
+    def hardware(self) -> Hardware:
+        """The GPU."""
+        return self.on.hardware
+
+    @property
+    def scheme(self) -> Scheme:
+        """The precision."""
+        return self.on.scheme
+
+    @property
+    def tp(self) -> int:
+        """GPUs among which every layer is split."""
+        return self.on.tp
+
+    @property
+    def constants(self) -> Constants:
+        """Those of the engine."""
+        return self.on.engine
+
+    def step(self, decodes: int, context: float, chunks: Sequence[Chunk] = (), width: int = 1) -> float:
+        """One pass, through all pipeline stages: `width` tokens for each of `decodes` requests, and `chunks`.
+
+        `context` is the mean number of tokens that those requests have in cache.
+        """
+        tokens = decodes * width + sum(new for new, _ in chunks)
+        window = self.spec.sliding_window
+        full = self._decode_attention(decodes, context) if decodes else 0.0
+        sliding = self._decode_attention(decodes, min(context, window or context)) if decodes else 0.0
+        for new, before in chunks:
+            full += self._prefill_attention(new, before, None)
+            sliding += self._prefill_attention(new, before, window)
+        return self._layers(tokens, full, sliding) + self._head(decodes * width + len(chunks)) + self._hops(tokens)
 
     def decode(self, batch: int, context: float) -> float:
-        """One token for each of `batch` requests whose contexts are `context` tokens long on average."""
-        full, sliding = self._decode_attention(batch, context), 0.0
-        if window := self.spec.sliding_window:
-            sliding = self._decode_attention(batch, min(context, window))
-        return self._layers(batch, full, sliding) + self._head(batch)
+        """Time per token of each of `batch` requests whose contexts are `context` tokens long on average.
 
-    def prefill(self, tokens: int) -> float:
-        """The prompt of one request, up to its first token."""
-        window = min(tokens, self.spec.sliding_window or tokens)
-        full, sliding = self._prefill_attention(tokens, tokens), self._prefill_attention(tokens, window)
-        return self._layers(tokens, full, sliding) + self._head(1)
+        Pipeline stages work on as many parts of the batch at once. With a draft it is the time of drafting and
+        verifying, divided by the tokens they are expected to yield (arXiv 2211.17192, equation 1).
+        """
+        part, draft = math.ceil(batch / self.on.pp), self.on.draft
+        if draft is None:
+            return self.step(part, context)
+        drafting = draft.tokens * StepModel(replace(self.on, spec=draft.spec, scheme=DRAFTS_IN, draft=None)).step(
+            part, context
+        )
+        verifying = self.step(part, context, width=draft.tokens + 1)
+        return (drafting + verifying) / expected_tokens(draft)
 
-    def tpot(self, batch: int, input_len: int, output_len: int) -> float:
+    def prefill(self, tokens: int, cached: int = 0) -> float:
+        """The prompt of one request, up to its first token; the first `cached` tokens are in the prefix cache."""
+        return self.step(0, 0, [(max(1, tokens - cached), cached)])
+
+    def tpot(self, load: Load) -> float:
         """Time per output token: a decode step, and the share of the other requests' prefills that delays it."""
-        step = self.decode(batch, input_len + output_len / 2)
-        return step + (batch - 1) * self.prefill(input_len) / output_len
+        step = self.decode(load.concurrency, load.context)
+        return step + (load.concurrency - 1) * self.mean_prefill(load) / self.on.pp / load.output_len
 
-    def ttft(self, batch: int, input_len: int) -> float:
-        """Time to first token with `batch` requests in a closed loop: dispatch and prefill, stretched by queueing."""
+    def ttft(self, load: Load) -> float:
+        """Mean time to first token in a closed loop: dispatch and prefill, stretched by queueing."""
         c = self.constants
-        return c.dispatch_s + self.prefill(input_len) * (1 + c.queue_slope * math.pow(batch - 1, c.queue_power))
+        stretch = 1 + c.queue_slope * math.pow(load.concurrency - 1, c.queue_power)
+        return c.dispatch_s + self.mean_prefill(load) * stretch
+
+    def mean_prefill(self, load: Load) -> float:
+        """Seconds of one prompt, over the distribution of their lengths."""
+        prompts = Counter(size.input_len for size in load.sizes)
+        total = sum(count * self.prefill(length, int(length * load.cached_share)) for length, count in prompts.items())
+        return total / len(load.sizes)
 
     def _layers(self, tokens: int, full_attention: float, sliding_attention: float) -> float:
         spec = self.spec
@@ -101,7 +157,7 @@ class StepModel:
         """`tokens` x k times k x n. Of such matrices `copies` are read (experts) and a token multiplies `visits`."""
         c = self.constants
         efficiency = c.compute_efficiency_decode if tokens <= c.decode_tokens else c.compute_efficiency_prefill
-        compute = 2 * tokens * visits * n * k / (self.hardware.flops(fp8=not self.scheme.weight_only) * efficiency)
+        compute = 2 * tokens * visits * n * k / (self.hardware.flops(self.scheme.compute) * efficiency)
         weights = copies * n * k * self.scheme.bits_per_weight / 8
         return c.gemm_s + max(compute, (weights + 2 * tokens * visits * (n + k)) / self._weight_bandwidth)
 
@@ -145,14 +201,19 @@ class StepModel:
         moved = share * tokens * self.spec.hidden_size * 2
         return 2 * (c.allreduce_s + moved / (self.hardware.link_bandwidth * c.link_efficiency))
 
+    def _hops(self, tokens: int) -> float:
+        """Hidden states in 16 bits from stage to stage."""
+        c, moved = self.constants, tokens * self.spec.hidden_size * 2
+        return (self.on.pp - 1) * (c.hop_s + moved / (self.hardware.link_bandwidth * c.link_efficiency))
+
     def _decode_attention(self, batch: int, context: float) -> float:
-        read = batch * context * kv_values_per_layer(self.spec, tp=self.tp) * KV_BYTES
+        read = batch * context * kv_values_per_layer(self.spec, tp=self.tp) * self.on.kv_bytes
         return self.constants.attention_s + read / self._bandwidth
 
-    def _prefill_attention(self, tokens: int, window: int) -> float:
+    def _prefill_attention(self, tokens: int, before: int, window: int | None) -> float:
         """QK and PV over the causal pairs: 2 FLOPs a pair, head and dimension of each."""
         spec, c = self.spec, self.constants
-        pairs = window * (tokens - window / 2)
+        pairs = _causal_pairs(before + tokens, window) - _causal_pairs(before, window)
         dims = spec.head_dim + (spec.latent.v_dim if spec.latent else spec.head_dim)
         work = 2 * pairs * dims * spec.num_heads / self.tp
         return c.attention_s + work / (self.hardware.flops() * c.attention_compute_efficiency)
@@ -161,3 +222,14 @@ class StepModel:
         c, weights = self.constants, self.spec.vocab_size / self.tp * self.spec.hidden_size
         compute = 2 * positions * weights / (self.hardware.flops() * c.head_compute_efficiency)
         return max(compute, 2 * weights / self._bandwidth)
+
+
+def _causal_pairs(tokens: int, window: int | None) -> float:
+    """Pairs of a query and a key not after it, of which at most `window` lie back."""
+    window = min(tokens, window or tokens)
+    return window * (tokens - window / 2)
+
+
+def expected_tokens(draft: Draft) -> float:
+    """Tokens that one round of drafting and verifying yields: (1 - a^(k+1)) / (1 - a) for acceptance a of k drafted."""
+    return sum(draft.acceptance**index for index in range(draft.tokens + 1))

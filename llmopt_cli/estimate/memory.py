@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmopt_cli.estimate.constants import VLLM, Constants
-from llmopt_cli.spec.hardware import Hardware
+from llmopt_cli.estimate.deployment import Deployment
 from llmopt_cli.spec.model import ModelSpec
-from llmopt_cli.spec.scheme import Scheme
+from llmopt_cli.spec.scheme import Scheme, find_scheme
 
 Layout = Literal["engine", "llmopt"]
 KV_BYTES = 2.0  # a cached value in 16 bits
@@ -53,9 +53,14 @@ def kv_sequence_bytes(spec: ModelSpec, length: int, bytes_per_value: float = KV_
 
 
 def weight_bytes(spec: ModelSpec, scheme: Scheme) -> float:
-    """Linear layers in the scheme's bits, scales included; embeddings, head and norms stay in 16 (or 32) bits."""
-    other_bits = max(16, scheme.weight_bits)
-    return (spec.linear_params * scheme.bits_per_weight + (spec.num_params - spec.linear_params) * other_bits) / 8
+    """What the scheme covers in its bits, scales included; the rest (embeddings, head, norms) in 16 or 32."""
+    covered = covered_params(spec, scheme)
+    return (covered * scheme.bits_per_weight + (spec.num_params - covered) * scheme.other_bits) / 8
+
+
+def covered_params(spec: ModelSpec, scheme: Scheme) -> int:
+    """Parameters that `scheme` stores in its own bits."""
+    return {"linear": spec.linear_params, "experts": spec.expert_params, "all": spec.num_params}[scheme.covers]
 
 
 def activation_bytes(
@@ -86,21 +91,23 @@ class Budget:
         return left if self.kv_limit is None else min(left, self.kv_limit)
 
 
-def budget(
-    spec: ModelSpec,
-    hardware: Hardware,
-    scheme: Scheme,
-    tp: int = 1,
-    max_num_seqs: int = int(VLLM.max_num_seqs),
-    max_num_batched_tokens: int = int(VLLM.max_num_batched_tokens),
-    kv_limit: float | None = None,
-    constants: Constants = VLLM,
-) -> Budget:
-    """Memory of one GPU of `tp`: KV = utilization x usable - weights - activation peak - non-torch (vLLM's rule)."""
+def budget(on: Deployment) -> Budget:
+    """Memory of one GPU: KV = utilization x usable - weights - activation peak - non-torch (vLLM's rule).
+
+    With pipeline stages it is the mean GPU: the first and last hold the embeddings beside their layers.
+    """
+    engine, batching = on.engine, on.batching
+    draft = weight_bytes(on.draft.spec, find_scheme("bf16")) / on.tp if on.draft else 0.0
     return Budget(
-        usable=hardware.memory_bytes * constants.memory_utilization,
-        weights=weight_bytes(spec, scheme) / tp,
-        activations=activation_bytes(spec, max_num_seqs, max_num_batched_tokens, tp, constants),
-        non_torch=constants.non_torch_one if tp == 1 else constants.non_torch_many,
-        kv_limit=kv_limit,
+        usable=on.hardware.memory_bytes * engine.memory_utilization,
+        weights=weight_bytes(on.spec, on.scheme) / on.gpus + draft,
+        activations=activation_bytes(on.spec, batching.max_num_seqs, batching.max_num_batched_tokens, on.tp, engine),
+        non_torch=engine.non_torch_one if on.gpus == 1 else engine.non_torch_many,
+        kv_limit=batching.kv_cache_memory_bytes,
     )
+
+
+def sequence_bytes(on: Deployment, length: int) -> float:
+    """KV bytes on one GPU of one request of `length` tokens, the draft's cache included."""
+    target = kv_sequence_bytes(on.spec, length, on.kv_bytes, on.tp) / on.pp
+    return target + (kv_sequence_bytes(on.draft.spec, length, tp=on.tp) if on.draft else 0.0)

@@ -5,38 +5,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from pathlib import Path
-from typing import Any
 
 from llmopt_cli.errors import UsageError
-from llmopt_cli.estimate.constants import VLLM
+from llmopt_cli.estimate.constants import find_engine
 from llmopt_cli.estimate.cost import usd_per_tokens
+from llmopt_cli.estimate.deployment import Deployment, Draft
 from llmopt_cli.estimate.latency import Band, StepModel, tpot_band, ttft_band
-from llmopt_cli.estimate.memory import Budget, budget, kv_sequence_bytes
+from llmopt_cli.estimate.load import Load
+from llmopt_cli.estimate.memory import Budget, budget, sequence_bytes
 from llmopt_cli.estimate.rules import Comparison, side_by_side
 from llmopt_cli.spec.catalog import find_gpu, find_model
 from llmopt_cli.spec.hardware import GIB, Hardware
 from llmopt_cli.spec.model import ModelSpec
-from llmopt_cli.spec.recipe import Batching, Recipe
-from llmopt_cli.spec.scheme import Scheme, find_scheme
+from llmopt_cli.spec.recipe import Recipe, Speculation
+from llmopt_cli.spec.scheme import Scheme, find_kv_dtype, find_scheme
 
 GPU_COUNTS = (1, 2, 4, 8)  # one server; tensor parallelism does not leave it
 CHECKED = frozenset(("H100-SXM5-80GB", "H200-SXM-141GB", "B200-SXM-180GB", "GB200-NVL72"))
 SMALLER = ("int8", "awq")  # the precisions to offer where fewer GPUs would do
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How many requests at once, and the tokens of each."""
-
-    concurrency: int
-    input_len: int
-    output_len: int
-
-    @property
-    def length(self) -> int:
-        """Tokens of one request when it ends."""
-        return self.input_len + self.output_len
 
 
 class Verdict(StrEnum):
@@ -49,14 +35,19 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A model on `gpus` GPUs: one GPU's memory, and the KV tokens and requests of the load that it leaves room for."""
+    """A deployment, one GPU's memory, and the KV tokens and requests of the load that it leaves room for."""
 
-    gpus: int
+    on: Deployment
     budget: Budget
     kv_tokens: int
     max_requests: int
     verdict: Verdict
     reason: str
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the deployment."""
+        return self.on.gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +77,22 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked, names resolved: a model in a precision on a GPU, under a load."""
+    """What is asked, names resolved: a deployment, of which the number of GPUs is open, under a load."""
 
-    spec: ModelSpec
-    hardware: Hardware
-    scheme: Scheme
+    base: Deployment
     load: Load
-    batching: Batching
     gpu_counts: tuple[int, ...]
     price: Price | None
 
     @property
     def needed(self) -> int:
         """Requests that must be in memory at once."""
-        return min(self.load.concurrency, self.batching.max_num_seqs)
+        return min(self.load.concurrency, self.base.batching.max_num_seqs)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest request that the engine is to accept."""
+        return self.base.batching.max_model_len or self.base.spec.max_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,39 +116,43 @@ class Plan:
         return usd_per_tokens(price.usd_per_hour * self.recommended.gpus, self.speed.tokens_per_s)
 
 
-def deployment(recipe: Path | None, **flags: Any) -> Recipe:
-    """The recipe in a file, or the flags on top of vLLM's default batching; flags win, None is no flag."""
-    if recipe is None:
-        if flags.get("model") is None:
-            raise UsageError("no model given", "add `--model 70b`; all names: `llmopt models`")
-        flags["max_num_seqs"] = flags.get("max_num_seqs") or int(VLLM.max_num_seqs)
-        flags["max_num_batched_tokens"] = max(int(VLLM.max_num_batched_tokens), flags["max_num_seqs"])
-    return Recipe.resolve(recipe, **flags)
-
-
-def ask(recipe: Recipe, load: Load, tp: int | None = None, gpu_price: float | None = None) -> Question:
+def ask(recipe: Recipe, load: Load, gpu_price: float | None = None) -> Question:
     """Resolve the names of a deployment; raises UsageError where it contradicts itself."""
     if recipe.gpu is None:
         raise UsageError("no accelerator given", "add `--gpu a100` or `--gpu h100x4`; all of them: `llmopt gpus`")
-    spec = find_model(recipe.model)
     hardware, count = find_gpu(recipe.gpu)
-    limit = recipe.batching.max_model_len or spec.max_context
-    if limit > spec.max_context:
-        raise UsageError(f"--max-model-len {limit:,} is beyond the {spec.max_context:,} tokens of {spec.name}")
-    if load.length > limit:
-        raise UsageError(
-            f"input {load.input_len:,} + output {load.output_len:,} tokens exceed the context of {limit:,}",
-            f"for example `--input-len {limit * 3 // 4} --output-len {limit // 4}`",
-        )
-    return Question(
-        spec=spec,
+    base = Deployment(
+        spec=find_model(recipe.model),
         hardware=hardware,
         scheme=find_scheme(recipe.scheme or recipe.dtype),
-        load=load,
+        pp=recipe.pipeline_parallel_size,
+        engine=find_engine(recipe.engine),
+        kv=find_kv_dtype(recipe.kv_cache_dtype),
         batching=recipe.batching,
-        gpu_counts=_gpu_counts(spec, count, tp),
-        price=_price(hardware, gpu_price),
+        draft=_draft(recipe.speculation),
     )
+    counts = _gpu_counts(base.spec, count, recipe.tensor_parallel_size)
+    question = Question(base, load, counts, _price(hardware, gpu_price))
+    _check_lengths(question)
+    return question
+
+
+def _draft(speculation: Speculation | None) -> Draft | None:
+    if speculation is None:
+        return None
+    return Draft(find_model(speculation.model), speculation.num_speculative_tokens, speculation.acceptance)
+
+
+def _check_lengths(question: Question) -> None:
+    spec, limit, load = question.base.spec, question.max_model_len, question.load
+    if limit > spec.max_context:
+        raise UsageError(f"--max-model-len {limit:,} is beyond the {spec.max_context:,} tokens of {spec.name}")
+    if load.longest > limit:
+        longest = max(load.sizes, key=sum)
+        raise UsageError(
+            f"input {longest.input_len:,} + output {longest.output_len:,} tokens exceed the context of {limit:,}",
+            f"for example `--input-len {limit * 3 // 4} --output-len {limit // 4}`",
+        )
 
 
 def answer(question: Question) -> Plan:
@@ -163,17 +160,16 @@ def answer(question: Question) -> Plan:
     fits = tuple(_fit(question, gpus) for gpus in question.gpu_counts)
     recommended = _recommend(fits)
     shown = recommended or fits[-1]
-    load = question.load
-    step = StepModel(question.spec, question.hardware, question.scheme, shown.gpus)
-    batch = min(question.needed, shown.max_requests)
+    step = StepModel(shown.on)
+    running = question.load.at(min(question.needed, shown.max_requests))
     return Plan(
         question=question,
-        comparisons=side_by_side(step, shown.budget, question.needed, load.input_len, load.output_len),
+        comparisons=side_by_side(step, shown.budget, question.load.at(question.needed)),
         fits=fits,
         recommended=recommended,
         smaller=_smaller(question, recommended),
-        speed=_speed(step, load, batch) if recommended else None,
-        caveats=_caveats(question, shown, batch),
+        speed=_speed(step, running) if recommended else None,
+        caveats=_caveats(question, shown, running.concurrency),
     )
 
 
@@ -208,21 +204,12 @@ def _price(hardware: Hardware, given: float | None) -> Price | None:
     return Price(hardware.price_usd_hour, f"{hardware.price_source}{spread}")
 
 
-def _fit(question: Question, gpus: int) -> Fit:
-    spec, batching, length = question.spec, question.batching, question.load.length
-    memory = budget(
-        spec,
-        question.hardware,
-        question.scheme,
-        gpus,
-        batching.max_num_seqs,
-        batching.max_num_batched_tokens,
-        batching.kv_cache_memory_bytes,
-    )
-    sequence = kv_sequence_bytes(spec, length, tp=gpus)
+def _fit(question: Question, tp: int) -> Fit:
+    on, length = question.base.split(tp, question.base.pp), question.load.longest
+    memory, sequence = budget(on), sequence_bytes(on, length)
     requests, tokens = max(0, int(memory.free / sequence)), max(0, int(memory.free / sequence * length))
     verdict, reason = _verdict(question, memory, requests, tokens)
-    return Fit(gpus, memory, tokens, requests, verdict, reason)
+    return Fit(on, memory, tokens, requests, verdict, reason)
 
 
 def _verdict(question: Question, memory: Budget, requests: int, tokens: int) -> tuple[Verdict, str]:
@@ -232,10 +219,10 @@ def _verdict(question: Question, memory: Budget, requests: int, tokens: int) -> 
             f"does not fit: {memory.weights / GIB:,.1f} GiB of weights, {memory.usable / GIB:,.1f} GiB to use",
         )
     if requests < 1:
-        return Verdict.NO, f"does not fit: room for {tokens:,} KV tokens, one request needs {question.load.length:,}"
+        return Verdict.NO, f"does not fit: room for {tokens:,} KV tokens, one request needs {question.load.longest:,}"
     if requests < question.needed:
         return Verdict.TIGHT, f"fits, but only {tokens:,} KV tokens: {requests} of {question.needed} requests"
-    limit = question.batching.max_model_len
+    limit = question.base.batching.max_model_len
     if limit and tokens < limit:
         return Verdict.TIGHT, f"fits, but only {tokens:,} KV tokens: --max-model-len {limit:,} does not"
     return Verdict.FITS, f"fits, {tokens:,} KV tokens"
@@ -252,29 +239,30 @@ def _smaller(question: Question, recommended: Fit | None) -> tuple[tuple[Scheme,
     """The smaller precisions in which fewer GPUs hold the load."""
     found = []
     for scheme in map(find_scheme, SMALLER):
-        if scheme.weight_bits >= question.scheme.weight_bits:
+        if scheme.weight_bits >= question.base.scheme.weight_bits:
             continue
-        fits = (_fit(replace(question, scheme=scheme), gpus) for gpus in question.gpu_counts)
+        other = replace(question, base=replace(question.base, scheme=scheme))
+        fits = (_fit(other, gpus) for gpus in question.gpu_counts)
         best = next((fit for fit in fits if fit.verdict is Verdict.FITS), None)
         if best and (recommended is None or recommended.verdict is not Verdict.FITS or best.gpus < recommended.gpus):
             found.append((scheme, best))
     return tuple(found)
 
 
-def _speed(step: StepModel, load: Load, batch: int) -> Speed:
+def _speed(step: StepModel, load: Load) -> Speed:
     return Speed(
-        batch=batch,
-        prefill=step.prefill(load.input_len),
-        ttft=step.ttft(batch, load.input_len),
+        batch=load.concurrency,
+        prefill=step.mean_prefill(load),
+        ttft=step.ttft(load),
         ttft_band=ttft_band(step.spec),
-        tpot=step.tpot(batch, load.input_len, load.output_len),
+        tpot=step.tpot(load),
         tpot_band=tpot_band(step.spec),
     )
 
 
 def _caveats(question: Question, fit: Fit, batch: int) -> list[str]:
     """What the figures leave out, for this question."""
-    spec, hardware, scheme = question.spec, question.hardware, question.scheme
+    spec, hardware, scheme = question.base.spec, question.base.hardware, question.base.scheme
     known = (
         (
             hardware.over_pcie and fit.gpus > 1,

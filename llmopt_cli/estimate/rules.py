@@ -9,11 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from llmopt_cli.estimate.deployment import Deployment
 from llmopt_cli.estimate.figures import plain
 from llmopt_cli.estimate.latency import StepModel
-from llmopt_cli.estimate.memory import KV_BYTES, Budget, kv_sequence_bytes, kv_values_per_layer
+from llmopt_cli.estimate.load import Load
+from llmopt_cli.estimate.memory import (
+    KV_BYTES,
+    Budget,
+    covered_params,
+    kv_sequence_bytes,
+    kv_values_per_layer,
+    sequence_bytes,
+)
 from llmopt_cli.spec.hardware import GB
-from llmopt_cli.spec.model import ModelSpec
 
 OVERHEAD = (1.2, 1.3)  # activations and the rest: 20-30 % on top of weights and KV cache
 
@@ -57,12 +65,12 @@ class Comparison:
     exact: Figure
 
 
-def side_by_side(step: StepModel, budget: Budget, batch: int, input_len: int, output_len: int) -> list[Comparison]:
-    """The rules for `batch` requests on the GPUs of `step`, each beside the exact figure for all of them together."""
-    spec, gpus, length = step.spec, step.tp, input_len + output_len
-    weights = parameter_bytes(spec.num_params, step.scheme.weight_bits)
+def side_by_side(step: StepModel, budget: Budget, load: Load) -> list[Comparison]:
+    """The rules for a load on the GPUs of `step`, each beside the exact figure for all of them together."""
+    spec, on, batch, length = step.spec, step.on, load.concurrency, load.longest
+    weights = parameter_bytes(spec.num_params, on.scheme.weight_bits)
     kv = kv_bytes(spec.num_layers, spec.hidden_size, length, batch)
-    token = seconds_per_token(weights, gpus * step.hardware.bandwidth)
+    token = seconds_per_token(weights, on.gpus * step.hardware.bandwidth)
     rule_kv = (
         f"2 x {spec.num_layers} layers x {spec.hidden_size} x {length:,} tokens x {KV_BYTES:g} B x {batch} requests"
     )
@@ -70,21 +78,21 @@ def side_by_side(step: StepModel, budget: Budget, batch: int, input_len: int, ou
         Comparison(
             "weights",
             "bytes",
-            _one(f"{_count(spec.num_params)} parameters x {step.scheme.weight_bits / 8:g} B", weights),
-            _one(_weights_formula(step), gpus * budget.weights),
+            _one(f"{_count(spec.num_params)} parameters x {on.scheme.weight_bits / 8:g} B", weights),
+            _one(_weights_formula(step), on.gpus * budget.weights),
         ),
-        Comparison("KV cache", "bytes", _one(rule_kv, kv), _exact_kv(spec, gpus, length, batch)),
+        Comparison("KV cache", "bytes", _one(rule_kv, kv), _exact_kv(on, length, batch)),
         Comparison(
             "all of it",
             "bytes",
             Figure("(weights + KV cache) x 1.2 to 1.3", *total_bytes(weights, kv)),
-            _exact_total(spec, budget, gpus, length, batch),
+            _exact_total(on, budget, length, batch),
         ),
         Comparison(
             "time per token, one request",
             "seconds",
-            _one(f"{plain(weights / GB, 4)} GB / ({gpus} x {step.hardware.bandwidth_gb_s:,.0f} GB/s)", token),
-            _one("bytes / (efficiency x bandwidth) + launches + all-reduces", step.tpot(1, input_len, output_len)),
+            _one(f"{plain(weights / GB, 4)} GB / ({on.gpus} x {step.hardware.bandwidth_gb_s:,.0f} GB/s)", token),
+            _one("bytes / (efficiency x bandwidth) + launches + all-reduces", step.tpot(load.at(1))),
         ),
     ]
 
@@ -98,15 +106,17 @@ def _count(params: int) -> str:
 
 
 def _weights_formula(step: StepModel) -> str:
-    linear, others = step.spec.linear_params, step.spec.num_params - step.spec.linear_params
-    return (
-        f"{_count(linear)} in linear layers x {step.scheme.bits_per_weight:.4g} bits"
-        f" + {_count(others)} others x {max(16, step.scheme.weight_bits)} bits"
-    )
+    covered = covered_params(step.spec, step.scheme)
+    what = {"linear": "in linear layers", "experts": "in experts", "all": "in all"}[step.scheme.covers]
+    others = step.spec.num_params - covered
+    rest = f" + {_count(others)} others x {step.scheme.other_bits:g} bits" if others else ""
+    return f"{_count(covered)} {what} x {step.scheme.bits_per_weight:.4g} bits{rest}"
 
 
-def _exact_kv(spec: ModelSpec, gpus: int, length: int, batch: int) -> Figure:
-    one_copy, value = batch * kv_sequence_bytes(spec, length), gpus * batch * kv_sequence_bytes(spec, length, tp=gpus)
+def _exact_kv(on: Deployment, length: int, batch: int) -> Figure:
+    spec, value_bytes = on.spec, on.kv_bytes
+    one_copy = batch * kv_sequence_bytes(spec, length, value_bytes)
+    value = on.tp * batch * kv_sequence_bytes(spec, length, value_bytes, on.tp)
     if spec.latent:
         cached = f"{spec.num_layers} layers x {kv_values_per_layer(spec)} latent values"
     else:
@@ -116,11 +126,10 @@ def _exact_kv(spec: ModelSpec, gpus: int, length: int, batch: int) -> Figure:
     if spec.num_linear_layers:
         cached += f" ({spec.num_linear_layers} layers: none)"
     copies = f" x {value / one_copy:.3g} copies" if value > one_copy else ""
-    return _one(f"{cached} x {length:,} tokens x {KV_BYTES:g} B x {batch} requests{copies}", value)
+    return _one(f"{cached} x {length:,} tokens x {value_bytes:.4g} B x {batch} requests{copies}", value)
 
 
-def _exact_total(spec: ModelSpec, budget: Budget, gpus: int, length: int, batch: int) -> Figure:
+def _exact_total(on: Deployment, budget: Budget, length: int, batch: int) -> Figure:
     beside = budget.activations + budget.non_torch
-    kv = batch * kv_sequence_bytes(spec, length, tp=gpus)
-    formula = f"weights + KV cache + {gpus} x {beside / GB:.2f} GB of activations and non-torch memory"
-    return _one(formula, gpus * (budget.weights + beside + kv))
+    formula = f"weights + KV cache + {on.gpus} x {beside / GB:.2f} GB of activations and non-torch memory"
+    return _one(formula, on.gpus * (budget.weights + beside + batch * sequence_bytes(on, length)))

@@ -94,7 +94,8 @@ class Engine:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, trust_remote_code: bool = False, report: Report | None = None) -> Self:
-        """Load the model of a deployment, as it says."""
+        """Load the model of a deployment; raises UsageError for what this engine does not do."""
+        _refuse_foreign(recipe)
         return cls.from_pretrained(
             recipe.model,
             dtype=recipe.dtype,
@@ -266,3 +267,16 @@ class Engine:
 
     def _at_limit(self) -> bool:
         return self.max_model_len >= self.checkpoint.spec.max_context
+
+
+def _refuse_foreign(recipe: Recipe) -> None:
+    """What a recipe may ask of other engines, and this one would have to ignore."""
+    asked = {
+        f"the engine {recipe.engine}": recipe.engine != "llmopt",
+        f"kv_cache_dtype {recipe.kv_cache_dtype}": recipe.kv_cache_dtype != "auto",
+        f"tensor_parallel_size {recipe.tensor_parallel_size}": (recipe.tensor_parallel_size or 1) > 1,
+        f"pipeline_parallel_size {recipe.pipeline_parallel_size}": recipe.pipeline_parallel_size > 1,
+        "speculation": recipe.speculation is not None,
+    }
+    if foreign := [name for name, applies in asked.items() if applies]:
+        raise UsageError(f"the recipe asks for {foreign[0]}, which llmopt's engine does not have", "take it out")

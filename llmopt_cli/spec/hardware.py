@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmopt_cli.spec.scheme import Compute
+
 GB = 10**9
 GIB = 1024**3
 
@@ -54,6 +56,7 @@ class Hardware:
         """Whether accelerators talk over PCIe, where tensor parallelism pays little."""
         return self.link.startswith("PCIe") or not self.link
 
-    def flops(self, fp8: bool = False) -> float:
-        """Peak multiply-adds x 2 per second in 16-bit, or in FP8 where the tensor cores have it."""
-        return (self.fp8_tflops if fp8 and self.fp8_tflops else self.bf16_tflops) * 1e12
+    def flops(self, compute: Compute = "bf16") -> float:
+        """Peak multiply-adds x 2 per second in `compute`, or in 16 bits where the tensor cores lack that dtype."""
+        rates = {"bf16": self.bf16_tflops, "fp8": self.fp8_tflops, "int8": self.int8_tops, "fp4": self.fp4_tflops}
+        return (rates[compute] or self.bf16_tflops) * 1e12

@@ -114,6 +114,12 @@ class ModelSpec:
         return self._linear_params(self.experts.count if self.experts else 0)
 
     @property
+    def expert_params(self) -> int:
+        """Weights of all routed experts."""
+        moe = self.experts
+        return self.num_moe_layers * moe.count * self.ffn_params(moe.ffn_size) if moe else 0
+
+    @property
     def embedding_params(self) -> int:
         """Weights of the embedding and, where it is not tied, the output head."""
         return (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size

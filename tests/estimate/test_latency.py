@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt_cli.errors import UnknownNameError
+from llmopt_cli.estimate.deployment import Deployment
 from llmopt_cli.estimate.latency import DENSE_TPOT, DENSE_TTFT, EXPERTS_TPOT, StepModel
+from llmopt_cli.estimate.load import Load
 from llmopt_cli.spec.catalog import find_gpu, find_model, gpus, models
 from llmopt_cli.spec.hardware import Hardware
 from llmopt_cli.spec.model import ModelSpec
@@ -33,13 +35,17 @@ GOLDEN = [
 ]
 
 
+def timed(spec: ModelSpec, gpu: Hardware, scheme: Scheme, tp: int = 1) -> StepModel:
+    return StepModel(Deployment(spec, gpu, scheme, tp))
+
+
 @pytest.mark.parametrize(("model", "gpu", "tp", "scheme", "batch", "inputs", "outputs", "prefill", "tpot"), GOLDEN)
 def test_golden_times(
     model: str, gpu: str, tp: int, scheme: Scheme, batch: int, inputs: int, outputs: int, prefill: float, tpot: float
 ) -> None:
-    step = StepModel(find_model(model), find_gpu(gpu)[0], scheme, tp)
+    step = timed(find_model(model), find_gpu(gpu)[0], scheme, tp)
     assert step.prefill(inputs) * 1e3 == pytest.approx(prefill, rel=0.01)
-    assert step.tpot(batch, inputs, outputs) * 1e3 == pytest.approx(tpot, rel=0.01)
+    assert step.tpot(Load.fixed(batch, inputs, outputs)) * 1e3 == pytest.approx(tpot, rel=0.01)
 
 
 def measured(metric: str) -> list[dict[str, str]]:
@@ -57,9 +63,9 @@ def serving_error(row: dict[str, str]) -> tuple[bool, float] | None:
         spec, (gpu, _) = find_model(row["model"].replace("-FP8", "")), find_gpu(row["gpu"].replace("_sxm", ""))
     except UnknownNameError:
         return None
-    step = StepModel(spec, gpu, find_scheme(schemes[row["weight_precision"]]), int(row["tp"]))
-    batch, input_len, output_len = int(row["batch_or_concurrency"]), int(row["input_len"]), int(row["output_len"])
-    seconds = step.ttft(batch, input_len) if row["metric"] == "ttft_ms" else step.tpot(batch, input_len, output_len)
+    step = timed(spec, gpu, find_scheme(schemes[row["weight_precision"]]), int(row["tp"]))
+    load = Load.fixed(int(row["batch_or_concurrency"]), int(row["input_len"]), int(row["output_len"]))
+    seconds = step.ttft(load) if row["metric"] == "ttft_ms" else step.tpot(load)
     return spec.experts is not None, seconds * 1e3 / float(row["value"]) - 1
 
 
@@ -91,7 +97,7 @@ def test_single_requests_on_a100_are_within_20_percent() -> None:
     rows = [row for row in rows if row["weight_precision"] in ("bf16", "int8") and int(row["tp"]) <= 4]
     assert len(rows) >= 7
     for row in rows:
-        step = StepModel(
+        step = timed(
             find_model(row["model"]), find_gpu("a100")[0], find_scheme(row["weight_precision"]), int(row["tp"])
         )
         assert 1 / step.decode(1, 100) == pytest.approx(float(row["value"]), rel=0.2), row
@@ -107,7 +113,7 @@ SCHEME = st.sampled_from(list(SCHEMES.values()))
 def test_more_work_never_takes_less_time(
     spec: ModelSpec, gpu: Hardware, scheme: Scheme, batch: int, more: int, context: int, longer: int
 ) -> None:
-    step = StepModel(spec, gpu, scheme)
+    step = timed(spec, gpu, scheme)
     # A larger batch reads more cache, but its bigger tiles multiply more efficiently from 257 tokens on.
     if batch + more <= step.constants.decode_tokens:
         assert step.decode(batch + more, context) >= step.decode(batch, context)
@@ -119,16 +125,18 @@ def test_more_work_never_takes_less_time(
 def test_longer_prompts_never_prefill_faster(
     spec: ModelSpec, gpu: Hardware, scheme: Scheme, tokens: int, longer: int
 ) -> None:
-    step = StepModel(spec, gpu, scheme)
+    step = timed(spec, gpu, scheme)
     assert step.prefill(tokens + longer) >= step.prefill(tokens) > 0
 
 
 @settings(deadline=None)
 @given(SPECS, GPUS, SCHEME, st.integers(1, 512), st.integers(1, 4096))
 def test_no_step_beats_the_roofline(spec: ModelSpec, gpu: Hardware, scheme: Scheme, batch: int, context: int) -> None:
-    step = StepModel(spec, gpu, scheme)
+    step = timed(spec, gpu, scheme)
     one_token = spec.num_active_params - spec.embedding_params
-    assert step.decode(batch, context) > 2 * batch * one_token / gpu.flops(fp8=True)
+    assert step.decode(batch, context) > 2 * batch * one_token / max(
+        gpu.flops("fp8"), gpu.flops("int8"), gpu.flops("fp4")
+    )
     assert step.decode(batch, context) > one_token * scheme.bits_per_weight / 8 / gpu.bandwidth
 
 
@@ -137,18 +145,18 @@ def test_no_step_beats_the_roofline(spec: ModelSpec, gpu: Hardware, scheme: Sche
 def test_gqa_reads_less_cache_than_as_many_kv_heads(spec: ModelSpec, batch: int, context: int) -> None:
     gpu, _ = find_gpu("h100")
     full = replace(spec, num_kv_heads=spec.num_heads)
-    assert StepModel(full, gpu, BF16).decode(batch, context) >= StepModel(spec, gpu, BF16).decode(batch, context)
+    assert timed(full, gpu, BF16).decode(batch, context) >= timed(spec, gpu, BF16).decode(batch, context)
 
 
 def test_prefill_attends_to_a_window_only() -> None:
     gpu, _ = find_gpu("h100")
     sliding = find_model("mistral-7b-v0.1")
     full = replace(sliding, sliding_window=None, num_sliding_layers=0)
-    assert StepModel(sliding, gpu, BF16).prefill(4096) == StepModel(full, gpu, BF16).prefill(4096)
-    assert StepModel(sliding, gpu, BF16).prefill(32768) < StepModel(full, gpu, BF16).prefill(32768)
+    assert timed(sliding, gpu, BF16).prefill(4096) == timed(full, gpu, BF16).prefill(4096)
+    assert timed(sliding, gpu, BF16).prefill(32768) < timed(full, gpu, BF16).prefill(32768)
 
 
 def test_ttft_grows_with_the_queue_and_starts_at_dispatch() -> None:
-    step = StepModel(find_model("8b"), find_gpu("h100")[0], BF16)
-    assert step.ttft(1, 1024) == step.constants.dispatch_s + step.prefill(1024)
-    assert step.ttft(64, 1024) > step.ttft(8, 1024) > step.ttft(1, 1024)
+    step = timed(find_model("8b"), find_gpu("h100")[0], BF16)
+    assert step.ttft(Load.fixed(1, 1024, 1)) == step.constants.dispatch_s + step.prefill(1024)
+    assert step.ttft(Load.fixed(64, 1024, 1)) > step.ttft(Load.fixed(8, 1024, 1)) > step.ttft(Load.fixed(1, 1024, 1))

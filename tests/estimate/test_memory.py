@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt_cli.estimate.constants import VLLM
+from llmopt_cli.estimate.deployment import Deployment
 from llmopt_cli.estimate.memory import (
     Layout,
     activation_bytes,
@@ -23,6 +25,7 @@ from llmopt_cli.spec.catalog import find_gpu, find_model, models
 from llmopt_cli.spec.checkpoint import Checkpoint
 from llmopt_cli.spec.hardware import GIB
 from llmopt_cli.spec.model import ModelSpec
+from llmopt_cli.spec.recipe import Batching
 from llmopt_cli.spec.scheme import SCHEMES, Scheme, find_scheme
 
 MEASURED = Path(__file__).resolve().parents[2] / "../shared/data/estimates/published_measurements.csv"
@@ -42,7 +45,7 @@ LAYOUTS: tuple[Layout, ...] = ("engine", "llmopt")
 @pytest.mark.parametrize(("model", "gpu", "tp", "scheme", "weights_gib", "kv_tokens"), GOLDEN)
 def test_golden_budgets(model: str, gpu: str, tp: int, scheme: Scheme, weights_gib: float, kv_tokens: int) -> None:
     spec = find_model(model)
-    memory = budget(spec, find_gpu(gpu)[0], scheme, tp)
+    memory = budget(Deployment(spec, find_gpu(gpu)[0], scheme, tp))
     assert memory.weights / GIB == pytest.approx(weights_gib, rel=0.01)
     assert memory.free / kv_bytes_per_token(spec, 2, tp=tp) == pytest.approx(kv_tokens, rel=0.01)
 
@@ -97,9 +100,10 @@ def test_a_block_is_its_tokens(bytes_per_value: float) -> None:
 
 
 def test_a_kv_limit_caps_what_is_free() -> None:
+    limited = Batching(kv_cache_memory_bytes=GIB)
     spec, (gpu, _) = find_model("8b"), find_gpu("a100")
-    assert budget(spec, gpu, find_scheme("bf16"), kv_limit=GIB).free == GIB
-    assert budget(find_model("70b"), gpu, find_scheme("bf16"), kv_limit=GIB).free < 0
+    assert budget(Deployment(spec, gpu, find_scheme("bf16"), batching=limited)).free == GIB
+    assert budget(Deployment(find_model("70b"), gpu, find_scheme("bf16"), batching=limited)).free < 0
 
 
 def test_unchunked_prefill_outgrows_the_sampler() -> None:
@@ -114,7 +118,11 @@ def test_activations_and_kv_budgets_match_vllm_logs() -> None:
     rows = [row for row in rows if row["weight_precision"] == "bf16" and row["scenario"] == "memory"]
     checked = 0
     for row in rows:
-        memory = budget(find_model(row["model"]), find_gpu("h100")[0], find_scheme("bf16"), 1, 1024, 8192)
+        memory = budget(
+            Deployment(
+                find_model(row["model"]), find_gpu("h100")[0], find_scheme("bf16"), batching=Batching(1024, 8192)
+            )
+        )
         expected = {"activation_peak_per_gpu": memory.activations, "kv_available_per_gpu": memory.free}
         if row["metric"] in expected:
             checked += 1
@@ -133,7 +141,7 @@ def test_longer_sequences_never_need_less(spec: ModelSpec, length: int, more: in
 @given(spec=SPECS, scheme=st.sampled_from(list(SCHEMES.values())), tp=st.sampled_from([1, 2, 4]))
 def test_more_gpus_never_hold_more_each(spec: ModelSpec, scheme: Scheme, tp: int) -> None:
     gpu, _ = find_gpu("h100")
-    few, many = budget(spec, gpu, scheme, tp), budget(spec, gpu, scheme, 2 * tp)
+    few, many = (budget(Deployment(spec, gpu, scheme, count)) for count in (tp, 2 * tp))
     assert many.weights < few.weights
     assert many.activations <= few.activations
     assert kv_bytes_per_token(spec, 2, tp=2 * tp) <= kv_bytes_per_token(spec, 2, tp=tp)
@@ -143,14 +151,16 @@ def test_more_gpus_never_hold_more_each(spec: ModelSpec, scheme: Scheme, tp: int
 @given(spec=SPECS, seqs=st.integers(1, 2048), more=st.integers(0, 2048))
 def test_more_requests_in_a_batch_never_leave_more_for_the_cache(spec: ModelSpec, seqs: int, more: int) -> None:
     gpu, _ = find_gpu("h100")
-    scheme = find_scheme("bf16")
-    assert budget(spec, gpu, scheme, 1, seqs + more).free <= budget(spec, gpu, scheme, 1, seqs).free
+    few, many = (Batching(count, 4096) for count in (seqs, seqs + more))
+    on = Deployment(spec, gpu, find_scheme("bf16"))
+    assert budget(replace(on, batching=many)).free <= budget(replace(on, batching=few)).free
 
 
 @settings(deadline=None)
 @given(spec=SPECS)
 def test_fewer_bits_never_weigh_more(spec: ModelSpec) -> None:
-    by_bits = sorted(SCHEMES.values(), key=lambda scheme: scheme.bits_per_weight)
+    covering = [scheme for scheme in SCHEMES.values() if scheme.covers == "linear"]
+    by_bits = sorted(covering, key=lambda scheme: scheme.bits_per_weight)
     sizes = [weight_bytes(spec, scheme) for scheme in by_bits]
     assert sizes == sorted(sizes)
 

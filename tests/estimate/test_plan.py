@@ -11,16 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt_cli.errors import UnknownNameError, UsageError
-from llmopt_cli.estimate.plan import Fit, Load, Plan, Verdict, answer, ask, deployment
+from llmopt_cli.estimate.deployment import wanted
+from llmopt_cli.estimate.load import Load
+from llmopt_cli.estimate.plan import Fit, Plan, Verdict, answer, ask
 from llmopt_cli.spec.catalog import gpus, models
 from llmopt_cli.spec.hardware import GIB
 from llmopt_cli.spec.scheme import SCHEMES
 
-LOAD = Load(concurrency=32, input_len=1024, output_len=256)
+LOAD = Load.fixed(32, 1024, 256)
 
 
 def plan(model: str, gpu: str, load: Load | None = None, tp: int | None = None, **flags: Any) -> Plan:
-    return answer(ask(deployment(None, model=model, gpu=gpu, **flags), load or LOAD, tp))
+    return answer(ask(wanted(None, model=model, gpu=gpu, tensor_parallel_size=tp, **flags), load or LOAD))
 
 
 def on(found: Plan, gpus: int) -> Fit:
@@ -99,7 +101,7 @@ def test_heads_that_cannot_be_shared_out_are_not_weighed() -> None:
 
 
 def test_prices_come_from_the_catalogue_or_the_flag() -> None:
-    asked = deployment(None, model="8b", gpu="a100")
+    asked = wanted(None, model="8b", gpu="a100")
     listed, given_ = ask(asked, LOAD), ask(asked, LOAD, gpu_price=3.0)
     assert listed.price is not None
     assert listed.price.usd_per_hour == 2.45
@@ -129,20 +131,20 @@ def test_without_a_price_there_is_no_cost() -> None:
         ({"model": None, "gpu": "a100"}, LOAD, None, "no model given"),
         ({"model": "8b", "gpu": None}, LOAD, None, "no accelerator given"),
         ({"model": "8b", "gpu": "a100x2"}, LOAD, 4, "--tp 4 needs more than the 2 GPUs"),
-        ({"model": "demo", "gpu": "a100"}, Load(32, 2048, 1), None, r"input 2,048 \+ output 1 tokens exceed"),
+        ({"model": "demo", "gpu": "a100"}, Load.fixed(32, 2048, 1), None, r"input 2,048 \+ output 1 tokens exceed"),
         ({"model": "8b", "gpu": "a100", "max_model_len": 512}, LOAD, None, "exceed the context of 512"),
         ({"model": "demo", "gpu": "a100", "max_model_len": 4096}, LOAD, None, "beyond the 2,048 tokens of demo"),
     ],
 )
 def test_contradictions_are_refused(flags: dict[str, Any], load: Load, tp: int | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        ask(deployment(None, **flags), load, tp)
+        ask(wanted(None, tensor_parallel_size=tp, **flags), load)
 
 
 @pytest.mark.parametrize("price", [float("nan"), float("inf")])
 def test_a_price_is_a_number(price: float) -> None:
     with pytest.raises(UsageError, match="is no price"):
-        ask(deployment(None, model="8b", gpu="a100"), LOAD, gpu_price=price)
+        ask(wanted(None, model="8b", gpu="a100"), LOAD, gpu_price=price)
 
 
 def test_a_recipe_says_what_flags_do_not(tmp_path: Path) -> None:
@@ -150,12 +152,12 @@ def test_a_recipe_says_what_flags_do_not(tmp_path: Path) -> None:
     file.write_text(
         "model: 8b\ngpu: a100\nscheme: awq\nbatching: {max_num_seqs: 7, kv_cache_memory_bytes: 1000000000}\n"
     )
-    question = ask(deployment(file), LOAD)
-    assert (question.spec.name, question.scheme.name, question.needed) == ("Llama-3.1-8B", "awq", 7)
+    question = ask(wanted(file), LOAD)
+    assert (question.base.spec.name, question.base.scheme.name, question.needed) == ("Llama-3.1-8B", "awq", 7)
     assert on(answer(question), 1).budget.free == 1e9
-    assert ask(deployment(file, scheme="int8", gpu="h100"), LOAD).hardware.name == "H100-SXM5-80GB"
+    assert ask(wanted(file, scheme="int8", gpu="h100"), LOAD).base.hardware.name == "H100-SXM5-80GB"
     with pytest.raises(UnknownNameError):
-        ask(deployment(file, scheme="int9"), LOAD)
+        ask(wanted(file, scheme="int9"), LOAD)
 
 
 def test_caveats_name_what_was_left_out() -> None:
@@ -172,8 +174,8 @@ GPUS = st.sampled_from([entry.names[0] for entry in gpus()])
 @settings(max_examples=60, deadline=None)
 @given(NAMES, GPUS, st.sampled_from(sorted(SCHEMES)), st.integers(1, 300), st.integers(1, 300))
 def test_more_concurrency_never_needs_less(name: str, gpu: str, scheme: str, concurrency: int, more: int) -> None:
-    some = plan(name, gpu, Load(concurrency, 512, 128), scheme=scheme)
-    others = plan(name, gpu, Load(concurrency + more, 512, 128), scheme=scheme)
+    some = plan(name, gpu, Load.fixed(concurrency, 512, 128), scheme=scheme)
+    others = plan(name, gpu, Load.fixed(concurrency + more, 512, 128), scheme=scheme)
     assert [fit.kv_tokens for fit in some.fits] == [fit.kv_tokens for fit in others.fits]
     if others.recommended and others.recommended.verdict is Verdict.FITS:
         assert some.recommended is not None
@@ -184,7 +186,7 @@ def test_more_concurrency_never_needs_less(name: str, gpu: str, scheme: str, con
 @settings(max_examples=60, deadline=None)
 @given(NAMES, GPUS, st.sampled_from(sorted(SCHEMES)))
 def test_more_gpus_never_hold_fewer_tokens(name: str, gpu: str, scheme: str) -> None:
-    fits = plan(name, gpu, Load(32, 512, 128), scheme=scheme).fits
+    fits = plan(name, gpu, Load.fixed(32, 512, 128), scheme=scheme).fits
     tokens = [fit.kv_tokens for fit in fits]
     # Sharing costs each GPU half a GiB of non-torch memory: a smaller model has less than that to share out.
     if fits[0].budget.weights > GIB:

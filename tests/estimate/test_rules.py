@@ -6,7 +6,9 @@ import pytest
 
 from llmopt_cli.estimate import rules
 from llmopt_cli.estimate.cost import usd_per_tokens
+from llmopt_cli.estimate.deployment import Deployment
 from llmopt_cli.estimate.latency import StepModel
+from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.memory import budget, kv_sequence_bytes
 from llmopt_cli.spec.catalog import find_gpu, find_model
 from llmopt_cli.spec.scheme import find_scheme
@@ -60,8 +62,8 @@ def test_exact_kv_is_the_rule_divided_by_the_heads_that_share(name: str, factor:
 
 def test_side_by_side_figures_are_what_their_formulas_say() -> None:
     spec, (gpu, _), scheme = find_model("70b"), find_gpu("a100"), find_scheme("bf16")
-    step = StepModel(spec, gpu, scheme, tp=4)
-    weights, kv, total, token = rules.side_by_side(step, budget(spec, gpu, scheme, tp=4), 32, 1024, 256)
+    on = Deployment(spec, gpu, scheme, tp=4)
+    weights, kv, total, token = rules.side_by_side(StepModel(on), budget(on), Load.fixed(32, 1024, 256))
     assert weights.rule.low == weights.exact.low == pytest.approx(spec.num_params * 2)
     assert kv.rule.formula == "2 x 80 layers x 8192 x 1,280 tokens x 2 B x 32 requests"
     assert kv.rule.low == 2 * 80 * 8192 * 1280 * 2 * 32
@@ -76,6 +78,7 @@ def test_side_by_side_figures_are_what_their_formulas_say() -> None:
 def test_copies_of_kv_heads_are_counted_where_gpus_outnumber_them() -> None:
     spec, (gpu, _), scheme = find_model("qwen2.5-3b"), find_gpu("a100"), find_scheme("bf16")
     assert spec.num_kv_heads == 2
-    _, kv, _, _ = rules.side_by_side(StepModel(spec, gpu, scheme, tp=8), budget(spec, gpu, scheme, tp=8), 1, 1000, 24)
+    on = Deployment(spec, gpu, scheme, tp=8)
+    _, kv, _, _ = rules.side_by_side(StepModel(on), budget(on), Load.fixed(1, 1000, 24))
     assert kv.exact.low == 4 * kv_sequence_bytes(spec, 1024)
     assert kv.exact.formula.endswith("x 4 copies")

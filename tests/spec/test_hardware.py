@@ -14,9 +14,9 @@ def test_units_are_bytes_and_seconds() -> None:
 
 
 def test_without_fp8_cores_products_run_in_16_bits() -> None:
-    assert CARD.flops(fp8=True) == CARD.flops()
+    assert CARD.flops("fp8") == CARD.flops()
     fp8 = Hardware("card", "ACME", "second", 23.5, 24, 1000, bf16_tflops=100, fp8_tflops=200)
-    assert fp8.flops(fp8=True) == 2e14
+    assert fp8.flops("fp8") == 2e14
     assert fp8.flops() == 1e14
 
 

@@ -1,0 +1,67 @@
+"""`Deployment`: a recipe whose names are resolved, on a number of GPUs. What memory and latency are functions of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from llmopt_cli.errors import UsageError
+from llmopt_cli.estimate.constants import VLLM, Constants, default_batching, find_engine
+from llmopt_cli.spec.hardware import Hardware
+from llmopt_cli.spec.model import ModelSpec
+from llmopt_cli.spec.recipe import Batching, Recipe
+from llmopt_cli.spec.scheme import KV_16, KvDtype, Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Speculative decoding, resolved: a model in 16 bits beside the target, drafting `tokens` a step.
+
+    `acceptance` is the probability that one drafted token is accepted.
+    """
+
+    spec: ModelSpec
+    tokens: int
+    acceptance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """`spec` in `scheme` on `tp` x `pp` GPUs of one kind under `engine`: every layer split in `tp`, layers in `pp`."""
+
+    spec: ModelSpec
+    hardware: Hardware
+    scheme: Scheme
+    tp: int = 1
+    pp: int = 1
+    engine: Constants = VLLM
+    kv: KvDtype = KV_16
+    batching: Batching = field(default_factory=lambda: default_batching(VLLM))
+    draft: Draft | None = None
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one replica."""
+        return self.tp * self.pp
+
+    @property
+    def kv_bytes(self) -> float:
+        """Bytes of one cached value."""
+        return self.kv.bytes_per_value(self.spec.head_dim)
+
+    def split(self, tp: int, pp: int = 1) -> Self:
+        """The same on another number of GPUs."""
+        return replace(self, tp=tp, pp=pp)
+
+
+def wanted(recipe: Path | None, **flags: Any) -> Recipe:
+    """The recipe in a file, or the flags on top of the engine's own batching; flags win, None is no flag."""
+    if recipe is None:
+        if flags.get("model") is None:
+            raise UsageError("no model given", "add `--model 70b`; all names: `llmopt models`")
+        flags["engine"] = flags.get("engine") or VLLM.name
+        usual = default_batching(find_engine(flags["engine"]))
+        flags["max_num_seqs"] = flags.get("max_num_seqs") or usual.max_num_seqs
+        flags["max_num_batched_tokens"] = max(usual.max_num_batched_tokens, flags["max_num_seqs"])
+    return Recipe.resolve(recipe, **flags)
