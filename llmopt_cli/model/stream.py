@@ -68,9 +68,9 @@ class _Stored:
         if linear not in self._packed or suffix not in PACKED:
             return self._read(name)
         if self._unpacked[0] != linear:
-            codes, scales, zeros = awq.unpack(*(self._read(f"{linear}.{part}") for part in awq.SUFFIXES))
-            nibbles = codes[:, 0::2] | (codes[:, 1::2] << 4)
-            self._unpacked = linear, {"codes": nibbles, "scales": scales, "zeros": zeros}
+            weight = awq.unpack({part: self._read(f"{linear}.{part}") for part in awq.SUFFIXES})
+            nibbles = weight.codes[:, 0::2] | (weight.codes[:, 1::2] << 4)
+            self._unpacked = linear, {"codes": nibbles, "scales": weight.scales, "zeros": weight.zeros}
         return self._unpacked[1][suffix]
 
     def _read(self, name: str) -> Tensor:

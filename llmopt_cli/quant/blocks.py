@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from llmopt_cli.errors import ModelError
+from llmopt_cli.model.codes import IntCodes
 from llmopt_cli.model.formats.awq import misfit
 from llmopt_cli.output import Report
 from llmopt_cli.quant import awq
 from llmopt_cli.quant.awq import Choice
-from llmopt_cli.quant.grid import Quantized, quantize_weight, relative_error
+from llmopt_cli.quant.grid import divide_rows, quantize_weight, relative_error
 from llmopt_cli.quant.structure import Group, Producer, find_blocks, find_groups, find_linears, fold
 from llmopt_cli.quant.walk import Batch, Seen, advance, enter, observe, run_block
 from llmopt_cli.spec.scheme import Scheme
@@ -54,7 +55,7 @@ class ModuleReport:
 class Quantization:
     """What became of a model: integers of every linear, vectors that took up scales, and a report of each linear."""
 
-    linears: dict[str, Quantized] = field(default_factory=dict)
+    linears: dict[str, IntCodes] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     reports: list[ModuleReport] = field(default_factory=list)
 
@@ -119,7 +120,7 @@ class _Block:
         scale = fold(self.module, producer, scale, self.stored[f"{name}.weight"])
         if producer.kind == "rows":
             # Scaled after it was quantized: codes don't depend on a factor that a whole row has in common.
-            self.done.linears[name] = self.done.linears[name].divide_rows(producer.tie(scale))
+            self.done.linears[name] = divide_rows(self.done.linears[name], producer.tie(scale))
             module.weight.copy_(self.done.linears[name].dequantize())
         vectors = {key: value for key, value in module.named_parameters() if value.ndim == 1}
         self.done.vectors |= {f"{name}.{key}": value for key, value in vectors.items()}

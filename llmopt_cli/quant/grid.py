@@ -7,13 +7,12 @@ its extremes (round to nearest) or by a search on the output error.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from llmopt_cli.errors import ModelError
-from llmopt_cli.model.formats import awq
+from llmopt_cli.model.codes import IntCodes
 from llmopt_cli.spec.scheme import Scheme
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
@@ -22,26 +21,7 @@ SWEEPS = 2
 ROWS_AT_ONCE = 2**21  # weights of one group column searched together: bounds the memory of the search
 
 
-@dataclass(frozen=True, eq=False)
-class Quantized:
-    """A weight [out, in] as integers: `codes` uint8 [out, in], `scales` float16 [out, G], `zeros` uint8 [out, G]."""
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-
-    def dequantize(self) -> Tensor:
-        """The weight it means, float32 [out, in]."""
-        return awq.dequantize(self.codes, self.scales, self.zeros)
-
-    def divide_rows(self, divisor: Tensor) -> Quantized:
-        """The same codes for a weight whose rows are divided by `divisor` [out]: only the scales change."""
-        scales = _storable(self.scales.float() / divisor[:, None])
-        _refuse_infinite(scales)
-        return replace(self, scales=scales)
-
-
-def quantize_weight(weight: Tensor, scheme: Scheme, gram: Tensor | None = None) -> Quantized:
+def quantize_weight(weight: Tensor, scheme: Scheme, gram: Tensor | None = None) -> IntCodes:
     """Quantize `weight` float32 [out, in] in groups of `scheme.group_size` inputs.
 
     Without `gram`, every group spans its own smallest and largest weight (round to nearest). With `gram` [in, in], the
@@ -54,7 +34,14 @@ def quantize_weight(weight: Tensor, scheme: Scheme, gram: Tensor | None = None) 
     scales, zeros = _fit(low, high, scheme)
     _refuse_infinite(scales)
     codes = _encode(groups, scales, zeros, scheme)
-    return Quantized(codes.view(weight.shape).to(torch.uint8), scales.half(), zeros.to(torch.uint8))
+    return IntCodes(codes.view(weight.shape).to(torch.uint8), scales.half(), zeros.to(torch.uint8), scheme.weight_bits)
+
+
+def divide_rows(quantized: IntCodes, divisor: Tensor) -> IntCodes:
+    """The same codes for a weight whose rows are divided by `divisor` [out]: only the scales change."""
+    scales = _storable(quantized.scales.float() / divisor[:, None])
+    _refuse_infinite(scales)
+    return quantized.with_scales(scales)
 
 
 def output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tensor:

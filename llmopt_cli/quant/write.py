@@ -96,7 +96,8 @@ def verify(folder: Path, weights: Mapping[str, Tensor], made: Quantization) -> C
     read = dict(_read(written, sorted(found)))
     for name in made.linears:
         parts = dict(_read(written, [f"{name}.{suffix}" for suffix in awq.SUFFIXES]))
-        read[f"{name}.weight"] = awq.dequantize(*awq.unpack(*parts.values()))
+        packed = {suffix: parts[f"{name}.{suffix}"] for suffix in awq.SUFFIXES}
+        read[f"{name}.weight"] = awq.unpack(packed).dequantize()
     for name, tensor in read.items():
         if name in weights and not torch.equal(tensor.float(), weights[name].cpu()):
             raise CheckpointError(f"`{name}` reads back from `{folder}` other than it was written", "check the disk")
@@ -109,9 +110,8 @@ def _tensors(checkpoint: Checkpoint, made: Quantization) -> Iterator[tuple[str, 
     for name, tensor in _read(checkpoint, list(checkpoint.tensors)):
         linear = name.removesuffix(".weight")
         if linear in made.linears:
-            one = made.linears[linear]
-            packed = awq.pack(one.codes.cpu(), one.scales.cpu(), one.zeros.cpu())
-            yield from ((f"{linear}.{suffix}", part) for suffix, part in packed.items())
+            packed = awq.pack(made.linears[linear])
+            yield from ((f"{linear}.{suffix}", part.cpu()) for suffix, part in packed.items())
         elif name in made.vectors:
             yield name, made.vectors[name].to(stored[name]).cpu()
         else:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmopt_cli.errors import CheckpointError
+from llmopt_cli.model.codes import IntCodes
 from llmopt_cli.model.formats import awq
 from llmopt_cli.spec.scheme import find_scheme
 
@@ -29,7 +30,7 @@ def test_bytes_of_one_word_are_those_of_the_layout() -> None:
     codes = torch.arange(16, dtype=torch.uint8)[:, None]
     zeros = torch.full((16, 1), 8, dtype=torch.uint8)
     scales = torch.arange(16)[:, None] / 16
-    stored = awq.pack(codes, scales, zeros)
+    stored = awq.pack(IntCodes(codes, scales, zeros))
     assert stored["qweight"].numpy().tobytes() == bytes.fromhex("20643175" + "a8ecb9fd")
     assert stored["qzeros"].numpy().tobytes() == bytes.fromhex("88888888" * 2)
     assert stored["scales"].dtype == torch.float16
@@ -41,7 +42,7 @@ def test_a_hand_written_linear_dequantizes_to_the_hand_computed_weight() -> None
     qweight = torch.tensor([[0x3 << 16], [0x1 << 16]], dtype=torch.int32)
     qzeros = torch.tensor([[0x5 << 16], [0]], dtype=torch.int32)
     scales = torch.tensor([[0.5] * 8, [2.0] * 8], dtype=torch.float16)
-    weight = awq.dequantize(*awq.unpack(qweight, qzeros, scales))
+    weight = awq.unpack({"qweight": qweight, "qzeros": qzeros, "scales": scales}).dequantize()
     expected = torch.zeros(8, 2)
     expected[1] = torch.tensor([(3 - 5) * 0.5, (1 - 0) * 2.0])
     assert torch.equal(weight, expected)
@@ -51,19 +52,20 @@ def test_a_hand_written_linear_dequantizes_to_the_hand_computed_weight() -> None
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 33), st.integers(0, 2**31))
 def test_unpack_inverts_pack(words: int, groups: int, group_size: int, seed: int) -> None:
     codes, scales, zeros = _random(8 * words, groups, group_size, seed)
-    stored = awq.pack(codes, scales, zeros)
+    stored = awq.pack(IntCodes(codes, scales, zeros))
     assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {
         "qweight": (groups * group_size, words),
         "qzeros": (groups, words),
         "scales": (groups, 8 * words),
     }
-    for found, wanted in zip(awq.unpack(**stored), (codes, scales, zeros), strict=True):
+    read = awq.unpack(stored)
+    for found, wanted in zip((read.codes, read.scales, read.zeros), (codes, scales, zeros), strict=True):
         assert torch.equal(found, wanted)
 
 
 def test_dequantize_equals_the_formula_element_by_element() -> None:
     codes, scales, zeros = _random(8, 3, 5, seed=1)
-    weight = awq.dequantize(codes, scales, zeros)
+    weight = IntCodes(codes, scales, zeros).dequantize()
     for row in range(8):
         for column in range(15):
             group = column // 5
@@ -83,10 +85,10 @@ def test_misfit_names_the_side_that_does_not_divide(
 
 
 def test_tensors_of_different_linears_are_refused() -> None:
-    stored = awq.pack(*_random(16, 2, 8, seed=0))
-    other = awq.pack(*_random(24, 2, 8, seed=0))
+    stored = awq.pack(IntCodes(*_random(16, 2, 8, seed=0)))
+    other = awq.pack(IntCodes(*_random(24, 2, 8, seed=0)))
     with pytest.raises(CheckpointError, match="not one AWQ-gemm linear"):
-        awq.unpack(stored["qweight"], other["qzeros"], stored["scales"])
+        awq.unpack(stored | {"qzeros": other["qzeros"]})
 
 
 def test_config_parses_back_to_its_scheme() -> None:

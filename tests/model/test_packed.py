@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from llmopt_cli.errors import CheckpointError, ModelError
+from llmopt_cli.model.codes import IntCodes
 from llmopt_cli.model.formats import awq
 from llmopt_cli.model.linear import MergedLinear, PackedLinear, merge
 from llmopt_cli.model.load import load_model
@@ -36,8 +37,8 @@ def packed_checkpoint(folder: Path, target: Path, group: int = GROUP) -> tuple[P
         codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=generator)
         zeros = torch.randint(0, 16, (rows, columns // group), dtype=torch.uint8, generator=generator)
         scales = (torch.rand(rows, columns // group, generator=generator) * 0.02 + 0.01).half().float()
-        tensors |= {name.replace("weight", suffix): t for suffix, t in awq.pack(codes, scales, zeros).items()}
-        meant[name] = awq.dequantize(codes, scales, zeros)
+        tensors |= {name.replace("weight", suffix): t for suffix, t in awq.pack(IntCodes(codes, scales, zeros)).items()}
+        meant[name] = IntCodes(codes, scales, zeros).dequantize()
     save_file(tensors, target / "model.safetensors")
     file = target / "config.json"
     scheme = find_scheme("awq")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmopt_cli.errors import ModelError
-from llmopt_cli.quant.grid import SHRINKS, output_error, quantize_weight, relative_error
+from llmopt_cli.quant.grid import SHRINKS, divide_rows, output_error, quantize_weight, relative_error
 from llmopt_cli.spec.scheme import Scheme, find_scheme
 
 
@@ -101,7 +101,7 @@ def test_one_group_a_row() -> None:
 def test_dividing_rows_changes_scales_alone() -> None:
     found = quantize_weight(random(8, 32), scheme(16))
     divisor = torch.linspace(0.3, 4, 8)
-    divided = found.divide_rows(divisor)
+    divided = divide_rows(found, divisor)
     assert divided.codes is found.codes
     assert torch.allclose(divided.dequantize(), found.dequantize() / divisor[:, None], rtol=1e-3)
 

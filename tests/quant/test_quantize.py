@@ -80,8 +80,8 @@ def dequantized(folder: Path) -> Any:
     tensors = {name: value for file in checkpoint.files for name, value in load_file(file).items()}
     linears = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     for linear in linears:
-        parts = (tensors.pop(f"{linear}.{suffix}") for suffix in awq.SUFFIXES)
-        tensors[f"{linear}.weight"] = awq.dequantize(*awq.unpack(*parts))
+        parts = {suffix: tensors.pop(f"{linear}.{suffix}") for suffix in awq.SUFFIXES}
+        tensors[f"{linear}.weight"] = awq.unpack(parts).dequantize()
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert set(missing) <= {"lm_head.weight"}
     assert unexpected == []

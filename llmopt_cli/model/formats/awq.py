@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmopt_cli.errors import CheckpointError
+from llmopt_cli.model.codes import IntCodes
 from llmopt_cli.spec.scheme import Scheme, find_scheme
 
 BITS = 4
@@ -26,40 +27,35 @@ COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i (bits 4i..4i+3) of word 
 SUFFIXES = ("qweight", "qzeros", "scales")
 
 
-def pack(codes: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
-    """The stored tensors of one linear, by suffix.
+def pack(weight: IntCodes) -> dict[str, Tensor]:
+    """The stored tensors of one linear, by suffix; scales are rounded to float16 here.
 
-    `codes` uint8 [out, in], `scales` [out, G] (rounded to float16 here), `zeros` uint8 [out, G]. `out` must be a
-    multiple of 8 and `in` of G: callers refuse other shapes (`misfit`) before they quantize.
+    `out` must be a multiple of 8: callers refuse other shapes (`misfit`) before they quantize.
     """
-    rows, columns = codes.shape
-    assert misfit(rows, columns, columns // scales.shape[1]) is None
-    assert scales.shape == zeros.shape
+    rows, columns = weight.codes.shape
+    assert weight.bits == BITS
+    assert misfit(rows, columns, weight.group_size) is None
     return {
-        "qweight": _pack_columns(codes.T),
-        "qzeros": _pack_columns(zeros.T),
-        "scales": scales.T.to(torch.float16).contiguous(),
+        "qweight": _pack_columns(weight.codes.T),
+        "qzeros": _pack_columns(weight.zeros.T),
+        "scales": weight.scales.T.to(torch.float16).contiguous(),
     }
 
 
-def unpack(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [out, in], scales [out, G] in the stored dtype, zeros uint8 [out, G].
+def unpack(parts: Mapping[str, Tensor]) -> IntCodes:
+    """The linear in its stored tensors, scales in their stored dtype.
 
     Raises CheckpointError if the three shapes do not belong together.
     """
+    qweight, qzeros, scales = (parts[suffix] for suffix in SUFFIXES)
     groups, columns = scales.shape
     words = columns // WORD
     if columns % WORD or qweight.shape[0] % groups or qweight.shape[1] != words or qzeros.shape != (groups, words):
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (qweight, qzeros, scales))
         raise CheckpointError(f"qweight, qzeros and scales of shapes {shapes} are not one AWQ-gemm linear")
-    return _unpack_columns(qweight).T.contiguous(), scales.T.contiguous(), _unpack_columns(qzeros).T.contiguous()
-
-
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """The weight float32 [out, in] that the integers mean: (code - zero) * scale, group by group."""
-    rows, groups = scales.shape
-    grouped = codes.view(rows, groups, -1).float() - zeros[..., None].float()
-    return (grouped * scales[..., None].float()).view(rows, -1)
+    return IntCodes(
+        _unpack_columns(qweight).T.contiguous(), scales.T.contiguous(), _unpack_columns(qzeros).T.contiguous()
+    )
 
 
 def misfit(out_features: int, in_features: int, group_size: int) -> str | None:
