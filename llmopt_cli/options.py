@@ -35,6 +35,13 @@ BlockSizeOpt = Annotated[int | None, typer.Option("--block-size", min=1, help="T
 KvMemoryOpt = Annotated[
     int | None, typer.Option("--kv-cache-memory-bytes", min=1, help="Bytes of KV cache; by default what is free.")
 ]
+PrefixCachingOpt = Annotated[
+    bool | None,
+    typer.Option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        help="Whether requests that begin alike share their KV blocks.",
+    ),
+]
 
 RECIPE_FLAGS = (  # the parameters of the options above that are fields of a recipe or of its batching
     "dtype",
@@ -44,6 +51,7 @@ RECIPE_FLAGS = (  # the parameters of the options above that are fields of a rec
     "max_num_batched_tokens",
     "block_size",
     "kv_cache_memory_bytes",
+    "enable_prefix_caching",
 )
 
 

@@ -31,6 +31,7 @@ def generate(
     device: options.DeviceOpt = None,
     max_model_len: options.MaxModelLenOpt = None,
     kv_cache_memory_bytes: options.KvMemoryOpt = None,
+    enable_prefix_caching: options.PrefixCachingOpt = None,
     trust_remote_code: options.TrustOpt = False,
     as_json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,

@@ -5,7 +5,9 @@ Knows requests, tokens and text; nothing of HTTP.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +31,10 @@ from llmopt_cli.spec.recipe import Batching, Recipe
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A moment's load and the totals since start. `kv_cache_usage` is the held share of blocks, 0..1."""
+    """A moment's load and the totals since start. `kv_cache_usage` is the held share of blocks, 0..1.
+
+    `prefix_cache_queries` are prompt tokens looked up in the prefix cache, `prefix_cache_hits` those found.
+    """
 
     num_running: int
     num_waiting: int
@@ -39,6 +44,8 @@ class EngineStats:
     num_preemptions: int
     prompt_tokens: int
     generation_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
 
 
 @dataclass(slots=True)
@@ -70,10 +77,12 @@ class Engine:
         hang_cache(self._layers, self.cache_size, loaded.dtype, loaded.device)
         self._loaded = loaded
         self._runner = ModelRunner(loaded, batching.block_size)
-        self._state = SchedulerState(self.batching, BlockPool(self.cache_size.num_blocks))
+        share = batching.enable_prefix_caching
+        self._state = SchedulerState(self.batching, BlockPool(self.cache_size.num_blocks), share_prefixes=share)
+        self._seed = os.urandom(16)  # so that nobody can make up prompts whose hashes meet
         self._live: dict[str, _Live] = {}
         self._ids = itertools.count()
-        self._preemptions = self._prompt_tokens = self._generation_tokens = 0
+        self._preemptions = self._prompt_tokens = self._generation_tokens = self._queries = self._hits = 0
 
     @classmethod
     def from_pretrained(
@@ -155,7 +164,8 @@ class Engine:
         request_id = request_id or f"request-{next(self._ids)}"
         if request_id in self._live:
             raise UsageError(f"request id `{request_id}` is already running")
-        request = Request(request_id, list(prompt_ids), len(prompt_ids), params)
+        salt = hashlib.blake2b(params.cache_salt.encode(), key=self._seed, digest_size=16).digest()
+        request = Request(request_id, list(prompt_ids), len(prompt_ids), params, salt=salt)
         text = TextStream(self.tokenizer, prompt_ids, params.stop)
         self._live[request_id] = _Live(request, text, Random(params.seed))
         self._state.waiting.append(request)
@@ -168,7 +178,11 @@ class Engine:
         self._preemptions += len(plan.preempted)
         if not plan.chunks:
             return []
-        logits = self._runner.run(plan.chunks, {key: live.request for key, live in self._live.items()})
+        try:
+            logits = self._runner.run(plan.chunks, {key: live.request for key, live in self._live.items()})
+        except BaseException:
+            self.abort_all()  # the plan counts tokens as computed that never were: nobody may go on from there
+            raise
         ready = [self._live[chunk.request_id] for chunk in plan.chunks if chunk.samples]
         tokens = sample(logits, [live.request.params for live in ready], [live.stream for live in ready])
         self._generation_tokens += len(tokens)
@@ -203,6 +217,8 @@ class Engine:
             num_preemptions=self._preemptions,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            prefix_cache_queries=self._queries,
+            prefix_cache_hits=self._hits,
         )
 
     def startup_report(self) -> dict[str, Any]:
@@ -221,6 +237,10 @@ class Engine:
             "fused": dict(self._loaded.fused),
         }
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what earlier requests left in the cache."""
+        self._state.blocks.forget()
+
     def check_integrity(self) -> None:
         """Assert the invariants of scheduler and blocks; meant for idle moments and tests."""
         self._state.check_integrity()
@@ -238,11 +258,14 @@ class Engine:
     def _take(self, live: _Live, token: int) -> RequestOutput:
         """Give a request its new token: text, end, output."""
         request = live.request
+        if not request.output_ids:
+            self._queries += request.num_prompt if self.batching.enable_prefix_caching else 0
+            self._hits += request.num_hit or 0
         request.token_ids.append(token)
         request.finish_reason = self._reason_to_stop(live, token)
         if request.finish_reason is not None:
             live.text.close()
-            self._state.release(request)
+            self._state.finish(request)
             del self._live[request.request_id]
         text = live.text.text
         delta, live.shown = text[live.shown :], len(text)
@@ -254,6 +277,8 @@ class Engine:
             num_new_tokens=1,
             num_prompt_tokens=request.num_prompt,
             finish_reason=request.finish_reason,
+            num_cached_tokens=request.num_hit or 0,
+            cache_miss=request.cache_miss,
         )
 
     def _reason_to_stop(self, live: _Live, token: int) -> FinishReason | None:

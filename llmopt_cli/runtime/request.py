@@ -22,7 +22,7 @@ class SamplingParams:
 
     `seed=None` draws a fresh seed, so results differ from run to run; with a seed a result is a function of prompt
     and parameters alone, whatever else is in the batch (in float32: 16-bit products round differently by batch size).
-    `stop` strings end the text before themselves.
+    `stop` strings end the text before themselves. Only requests of the same `cache_salt` share cached prefixes.
     """
 
     max_tokens: int = 128
@@ -33,6 +33,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         checks = (
@@ -53,6 +54,9 @@ class Request:
 
     `num_computed` is the position of the next token to run; `num_cached` the KV slots in use. They are equal until a
     cache is compressed. `token_ids` is prompt and output together.
+
+    `keys` are the chained hashes of its full blocks, as far as they were needed; the first `num_published` blocks can
+    be shared. `num_hit` tokens were found in the cache when it was first admitted. Another `salt` shares nothing.
     """
 
     request_id: str
@@ -63,6 +67,11 @@ class Request:
     num_cached: int = 0
     blocks: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    salt: bytes = b""
+    keys: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    num_hit: int | None = None
+    cache_miss: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -85,6 +94,7 @@ class RequestOutput:
     """What a request has produced so far. `text` and `token_ids` are cumulative, `delta` is the new text.
 
     `num_new_tokens` counts the tokens that this output adds. Token ids include the stop token, the text does not.
+    Of the prompt `num_cached_tokens` were found in the cache; `cache_miss` says why no more were.
     """
 
     request_id: str
@@ -95,6 +105,7 @@ class RequestOutput:
     num_prompt_tokens: int
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+    cache_miss: str | None = None
 
     @property
     def finished(self) -> bool:

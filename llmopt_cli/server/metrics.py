@@ -49,6 +49,8 @@ COUNTERS = {
     "num_preemptions": ("Requests put back into the queue for want of KV blocks.", "num_preemptions"),
     "prompt_tokens": ("Prompt tokens of the requests taken in.", "prompt_tokens"),
     "generation_tokens": ("Tokens generated.", "generation_tokens"),
+    "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", "prefix_cache_queries"),
+    "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", "prefix_cache_hits"),
 }
 
 

@@ -5,7 +5,7 @@ Knows no torch and checks no file: names are resolved by the verb that uses them
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,7 +18,7 @@ class Batching:
     """How requests share the machine. Lengths and budgets in tokens, memory in bytes.
 
     `max_model_len=None` is the model's own limit; `kv_cache_memory_bytes=None` is what is free, capped at what
-    `max_num_seqs` requests of full length can use.
+    `max_num_seqs` requests of full length can use. With `enable_prefix_caching`, requests that begin alike share blocks.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -28,6 +28,7 @@ class Batching:
     max_model_len: int | None = None
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "kv_cache_memory_bytes"):
@@ -82,6 +83,12 @@ class Recipe:
     speculation: Speculation | None = None
     batching: Batching = field(default_factory=Batching)
 
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+
     @classmethod
     def read(cls, name: str | Path) -> Self:
         """Read a recipe file, or the bundled recipe of that name."""
@@ -100,3 +107,30 @@ class Recipe:
             return replace(recipe, batching=replace(recipe.batching, **batching), **given)
         except ValueError as error:
             raise UsageError(str(error)) from None
+
+    def write(self, path: Path, title: str) -> None:
+        """Write the deployment as a new YAML file that `read` understands, `title` in a comment at its top.
+
+        Raises UsageError if the file exists or can't be written.
+        """
+        import yaml
+
+        text = f"# {title}\n{yaml.safe_dump(_changed(self), sort_keys=False)}"
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            raise UsageError(f"`{path}` exists already", "name another file with -o") from None
+        except OSError as error:
+            raise UsageError(f"cannot write `{path}`: {error.strerror}", "name another file with -o") from None
+
+
+def _changed(noun: Any) -> dict[str, Any]:
+    """The fields that differ from their defaults; a recipe always names its model and engine."""
+    found = {}
+    for one in fields(noun):
+        value = getattr(noun, one.name)
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        if value != default or one.name in ("model", "engine"):
+            found[one.name] = _changed(value) if is_dataclass(value) else value
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,74 @@ def test_greedy_equals_generate_when_requests_are_preempted(device: str) -> None
     assert found == reference(engine.checkpoint.path, prompts, 60, device)
     assert engine.stats().num_preemptions > 0
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("block_size", [4, 16])
+@pytest.mark.parametrize("budget", [8, 64])
+def test_greedy_equals_generate_when_prefixes_are_found_in_the_cache(device: str, block_size: int, budget: int) -> None:
+    batching = Batching(max_num_seqs=4, max_num_batched_tokens=budget, block_size=block_size)
+    engine = Engine.from_pretrained("demo", dtype="float32", device=device, batching=batching)
+    [head, *tails] = prompts_of((37, 1, 5, 40))
+    prompts = [head + tail for tail in tails] + [head]
+    expected = reference(engine.checkpoint.path, prompts, 24, device)
+    for _ in range(2):  # the second time, all prompts and their answers have been seen
+        outputs = engine.generate(prompts, GREEDY)
+        assert [list(output.token_ids) for output in outputs] == expected
+        engine.check_integrity()
+    cached = [(len(prompt) - 1) // block_size * block_size for prompt in prompts]
+    assert [output.num_cached_tokens for output in outputs] == cached
+    assert {output.cache_miss for output in outputs} == {None}
+    assert engine.stats().prefix_cache_hits >= sum(cached)
+    longer = head + list(outputs[-1].token_ids)  # the next turn of a conversation
+    [turn] = engine.generate([longer], GREEDY)
+    assert turn.num_cached_tokens == (len(longer) - 1) // block_size * block_size
+    assert list(turn.token_ids) == reference(engine.checkpoint.path, [longer], 24, device)[0]
+
+
+def test_a_miss_has_its_reason(device: str) -> None:
+    batching = Batching(max_num_seqs=1, block_size=4, max_model_len=64, kv_cache_memory_bytes=16 * 4 * 6144)
+    engine = Engine.from_pretrained("demo", dtype="float32", device=device, batching=batching)
+    once = SamplingParams(max_tokens=1)
+
+    def ask(ids: list[int], params: SamplingParams = once) -> tuple[int, str | None]:
+        [output] = engine.generate([ids], params)
+        return output.num_cached_tokens, output.cache_miss
+
+    one, other = prompts_of((20, 60))
+    assert ask(one) == (0, "not seen before")
+    assert ask(one) == (16, None)
+    assert ask(one, replace(once, cache_salt="mine")) == (0, "not seen before")
+    assert ask(one[:3]) == (0, "shorter than a block")
+    assert ask(other) == (0, "not seen before")
+    assert ask(one) == (0, "evicted")
+    engine.reset_prefix_cache()
+    assert ask(one) == (0, "not seen before")
+    engine.check_integrity()
+
+
+def test_without_prefix_caching_nothing_is_found(device: str) -> None:
+    batching = Batching(max_num_seqs=2, enable_prefix_caching=False)
+    engine = Engine.from_pretrained("demo", dtype="float32", device=device, batching=batching)
+    [prompt] = prompts_of((50,))
+    engine.generate([prompt], GREEDY)
+    [output] = engine.generate([prompt], GREEDY)
+    assert (output.num_cached_tokens, output.cache_miss) == (0, "prefix caching is off")
+    assert engine.stats().prefix_cache_queries == 0
+
+
+def test_a_step_that_fails_leaves_nothing_half_computed(demo: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    [prompt] = prompts_of((50,))
+    with monkeypatch.context() as patch:
+        patch.setattr(demo._runner, "run", explode)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            demo.generate([prompt], GREEDY)
+    assert not demo.has_work()
+    [output] = demo.generate([prompt], GREEDY)
+    assert output.num_cached_tokens == 0
+    assert list(output.token_ids) == reference(demo.checkpoint.path, [prompt], 24, str(demo.device))[0]
 
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [

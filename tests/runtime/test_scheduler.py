@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from llmopt_cli.runtime.blocks import BlockPool
+from llmopt_cli.runtime.blocks import BlockPool, Chain, chain
 from llmopt_cli.runtime.request import Request, SamplingParams
 from llmopt_cli.runtime.scheduler import Plan, SchedulerState, schedule
 from llmopt_cli.spec.recipe import Batching
@@ -16,9 +18,9 @@ from llmopt_cli.spec.recipe import Batching
 BLOCKS, SIZE = 12, 4
 
 
-def new_state(max_num_seqs: int = 3, budget: int = 10, blocks: int = BLOCKS) -> SchedulerState:
+def new_state(max_num_seqs: int = 3, budget: int = 10, blocks: int = BLOCKS, share: bool = False) -> SchedulerState:
     limits = Batching(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, block_size=SIZE)
-    return SchedulerState(limits, BlockPool(blocks))
+    return SchedulerState(limits, BlockPool(blocks), share_prefixes=share)
 
 
 def request(name: str, prompt: int) -> Request:
@@ -26,48 +28,84 @@ def request(name: str, prompt: int) -> Request:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Arrivals, steps, finishes and aborts over a pool so small that preemption is common."""
+    """Arrivals, steps, finishes and aborts over a pool so small that preemption is common.
+
+    `memory` stands for the cache: each slot remembers the tokens up to its own, so that a request which meets a slot of
+    another beginning is found out.
+    """
+
+    share = False
+    chain: Chain = staticmethod(chain)
 
     def __init__(self) -> None:
         super().__init__()
-        self.state = new_state()
+        self.state = new_state(share=self.share)
+        self.state.chain = type(self).chain
         self.goal: dict[str, int] = {}  # request -> tokens it must reach
-        self.computed: dict[str, int] = {}  # request -> position up to which its tokens were run since its last start
+        self.computed: dict[str, int] = {}  # request -> position up to which its tokens are in memory
+        self.memory: dict[int, tuple[int, ...]] = {}
         self.names = (f"r{i}" for i in itertools.count())
         self.idle_steps = 0
 
-    @rule(prompt=st.integers(1, 30), output=st.integers(1, 18))
-    def arrive(self, prompt: int, output: int) -> None:
+    @rule(prompt=st.integers(1, 30), output=st.integers(1, 18), kind=st.sampled_from([0, 0, 1]))
+    def arrive(self, prompt: int, output: int, kind: int) -> None:
         name = next(self.names)
-        self.state.waiting.append(request(name, prompt))
+        # Prompts of a kind begin alike; the last token of some is their own.
+        ids = [*range(kind, kind + prompt)]
+        self.state.waiting.append(Request(name, ids, prompt, SamplingParams()))
         self.goal[name] = prompt + output
         self.computed[name] = 0
 
     @precondition(lambda self: self.goal)
     @rule()
     def step(self) -> None:
+        before = {r.request_id for r in self.state.running}
         plan = schedule(self.state)
         live = {r.request_id: r for r in (*self.state.running, *self.state.waiting)}
         for name in plan.preempted:
             self.computed[name] = 0
         assert sum(chunk.length for chunk in plan.chunks) <= self.state.limits.max_num_batched_tokens
         for chunk in plan.chunks:
+            one = live[chunk.request_id]
+            if chunk.request_id not in before:
+                assert chunk.start % SIZE == 0
+                assert self.share or not chunk.start
+                self.computed[chunk.request_id] = chunk.start  # found in the cache: checked below
             assert chunk.start == self.computed[chunk.request_id], "a token was skipped or computed twice"
             self.computed[chunk.request_id] += chunk.length
-            one = live[chunk.request_id]
-            assert chunk.samples == (one.num_computed == one.num_tokens)
+            self._write(one, chunk.start, chunk.length)
+            self._read(one)
+        for chunk in plan.chunks:
             if chunk.samples:
-                one.token_ids.append(0)
-                if one.num_tokens >= self.goal[chunk.request_id]:
-                    self._drop(one)
+                self._sample(live[chunk.request_id])
         self.idle_steps = 0 if plan.chunks else self.idle_steps + 1
         assert self.idle_steps < 2, "there is work and nothing runs"
+
+    def _write(self, one: Request, start: int, length: int) -> None:
+        holders = [block for other in self.state.running for block in other.blocks]
+        for position in range(start, start + length):
+            block = one.blocks[position // SIZE]
+            assert holders.count(block) == 1, "a block with several holders is written"
+            self.memory[block * SIZE + position % SIZE] = tuple(one.token_ids[: position + 1])
+
+    def _read(self, one: Request) -> None:
+        """Attention reads every computed position: each must hold this request's own beginning."""
+        for position in range(one.num_computed):
+            slot = one.blocks[position // SIZE] * SIZE + position % SIZE
+            assert self.memory[slot] == tuple(one.token_ids[: position + 1]), "the cache holds another's tokens"
+
+    def _sample(self, one: Request) -> None:
+        assert one.num_computed == one.num_tokens
+        one.token_ids.append(one.num_tokens)
+        if one.num_tokens >= self.goal[one.request_id]:
+            self._drop(one, self.state.finish)
 
     @precondition(lambda self: self.goal)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.goal)))
-        self._drop(next(r for r in (*self.state.running, *self.state.waiting) if r.request_id == name))
+        one = next(r for r in (*self.state.running, *self.state.waiting) if r.request_id == name)
+        self._drop(one, self.state.release)
 
     @precondition(lambda self: self.goal)
     @rule()
@@ -85,16 +123,100 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.state.check_integrity()
         assert len(self.state.running) <= self.state.limits.max_num_seqs
 
-    def _drop(self, one: Request) -> None:
-        self.state.release(one)
+    def _drop(self, one: Request, let_go: Callable[[Request], None]) -> None:
+        let_go(one)
         for queue in (self.state.running, self.state.waiting):
             if one in queue:
                 queue.remove(one)
         del self.goal[one.request_id]
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+class SharingMachine(SchedulerMachine):
+    """The same with a prefix cache."""
+
+    share = True
+
+
+def two_keys(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """A hash so bad that most blocks collide."""
+    return bytes([sum(tokens) % 2])
+
+
+class CollidingMachine(SchedulerMachine):
+    """The same with a prefix cache whose hashes collide."""
+
+    share = True
+    chain = staticmethod(two_keys)
+
+
+FUZZ = settings(max_examples=60, stateful_step_count=60, deadline=None)
+SchedulerMachine.TestCase.settings = SharingMachine.TestCase.settings = CollidingMachine.TestCase.settings = FUZZ
 test_scheduler_survives_random_traffic = SchedulerMachine.TestCase
+test_prefixes_are_shared_only_where_they_are_equal = SharingMachine.TestCase
+test_colliding_hashes_never_mix_requests_up = CollidingMachine.TestCase
+
+
+def finish(state: SchedulerState) -> None:
+    """Run whatever is queued to its first token, and let it end."""
+    while state.waiting or state.running:
+        for chunk in schedule(state).chunks:
+            if chunk.samples:
+                one = next(r for r in state.running if r.request_id == chunk.request_id)
+                state.running.remove(one)
+                state.finish(one)
+
+
+def test_a_prompt_seen_before_is_computed_from_its_last_block() -> None:
+    state = new_state(share=True)
+    state.waiting.append(request("a", 9))
+    finish(state)
+    state.waiting.append(request("b", 9))
+    [chunk] = schedule(state).chunks
+    assert (chunk.start, chunk.length, state.running[0].num_hit) == (8, 1, 8)
+
+
+def test_a_full_hit_still_runs_its_last_token() -> None:
+    state = new_state(share=True)
+    state.waiting.append(request("a", 8))
+    finish(state)
+    state.waiting.append(request("b", 8))
+    [chunk] = schedule(state).chunks
+    assert (chunk.start, chunk.length) == (4, 4)  # the token's whole block, since blocks are shared whole
+
+
+def test_another_salt_shares_nothing() -> None:
+    state = new_state(share=True)
+    state.waiting.append(request("a", 9))
+    finish(state)
+    other = request("b", 9)
+    other.salt = b"somebody else"
+    state.waiting.append(other)
+    assert schedule(state).chunks[0].start == 0
+
+
+def test_requests_that_begin_alike_compute_it_once() -> None:
+    state = new_state(budget=8, share=True)
+    state.waiting.extend([request("a", 12), request("b", 11), Request("c", [50, 51], 2, SamplingParams())])
+    assert lengths(schedule(state)) == {"a": 8}
+    state.limits = replace(state.limits, max_num_batched_tokens=16)
+    assert lengths(schedule(state)) == {"a": 4, "b": 3, "c": 2}  # b found the eight tokens that a computed
+    assert [r.num_hit for r in state.running] == [0, 8, 0]
+
+
+def test_while_a_beginning_is_computed_others_pass() -> None:
+    state = new_state(budget=8, share=True)
+    state.waiting.extend([request("a", 6), request("b", 6), Request("c", [50, 51], 2, SamplingParams())])
+    assert lengths(schedule(state)) == {"a": 6, "c": 2}
+    assert [r.request_id for r in state.waiting] == ["b"]
+
+
+def test_the_head_of_a_sequence_is_forgotten_last() -> None:
+    state = new_state(blocks=4, share=True)
+    state.waiting.append(request("a", 16))
+    finish(state)
+    state.waiting.append(Request("b", [50, 51, 52], 3, SamplingParams()))
+    finish(state)  # takes one block: the last of a's
+    assert len(state.find_prefix(request("c", 17))) == 3
 
 
 def test_decodes_come_before_prefill_and_share_one_budget() -> None:

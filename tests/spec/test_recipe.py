@@ -9,7 +9,7 @@ import pytest
 from llmopt_cli.errors import ConfigFileError, UnknownNameError, UsageError
 from llmopt_cli.spec.catalog import find_gpu
 from llmopt_cli.spec.checkpoint import Checkpoint
-from llmopt_cli.spec.recipe import Batching, Recipe
+from llmopt_cli.spec.recipe import Batching, Recipe, Speculation
 from llmopt_cli.spec.scheme import find_scheme
 from llmopt_cli.spec.yaml_file import recipes_folder
 
@@ -76,3 +76,38 @@ def test_an_unknown_recipe_lists_the_nearest() -> None:
 def test_a_budget_that_starves_decoding_is_refused() -> None:
     with pytest.raises(UsageError, match="max_num_batched_tokens 8 is below max_num_seqs 9"):
         Recipe.resolve(None, max_num_seqs=9, max_num_batched_tokens=8)
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    recipe = Recipe(
+        model="70b",
+        scheme="awq",
+        gpu="h100x2",
+        engine="vllm",
+        kv_cache_dtype="fp8",
+        tensor_parallel_size=2,
+        speculation=Speculation("1b", 5, 0.8),
+        batching=Batching(max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=8192),
+    )
+    file = tmp_path / "chosen.yaml"
+    recipe.write(file, "what was asked")
+    assert file.read_text().startswith("# what was asked\n")
+    assert "block_size" not in file.read_text()  # defaults are not repeated
+    assert Recipe.read(file) == recipe
+    with pytest.raises(UsageError, match="exists already"):
+        recipe.write(file, "again")
+    with pytest.raises(UsageError, match="cannot write"):
+        recipe.write(tmp_path / "nowhere" / "x.yaml", "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tensor_parallel_size: 0", "must be at least 1"),
+        ("speculation: {model: 1b, acceptance: 2}", "acceptance must lie in 0..1"),
+        ("speculation: {model: 1b, tokens: 2}", "unknown key `speculation.tokens`"),
+    ],
+)
+def test_wrong_parallelism_and_speculation_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigFileError, match=message):
+        Recipe.read(write(tmp_path, text + "\n"))
