@@ -11,8 +11,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
 from typing import Any, Self
+
+from torch import Tensor
 
 from llmopt_cli.errors import CapacityError, UsageError
 from llmopt_cli.model.attention import paged_layers
@@ -20,11 +21,11 @@ from llmopt_cli.model.load import LoadedModel, load_model
 from llmopt_cli.output import Report
 from llmopt_cli.runtime.blocks import BlockPool
 from llmopt_cli.runtime.kv_cache import hang_cache, release_cache, size_cache
-from llmopt_cli.runtime.request import FinishReason, Request, RequestOutput, SamplingParams
+from llmopt_cli.runtime.live import Live, next_tokens
+from llmopt_cli.runtime.request import Request, RequestOutput, SamplingParams
 from llmopt_cli.runtime.runner import ModelRunner
-from llmopt_cli.runtime.sampler import sample
-from llmopt_cli.runtime.scheduler import SchedulerState, schedule
-from llmopt_cli.runtime.tokenizer import TextStream, Tokenizer
+from llmopt_cli.runtime.scheduler import Chunk, SchedulerState, schedule
+from llmopt_cli.runtime.tokenizer import Tokenizer
 from llmopt_cli.spec.checkpoint import Checkpoint
 from llmopt_cli.spec.recipe import Batching, Recipe
 
@@ -46,16 +47,6 @@ class EngineStats:
     generation_tokens: int
     prefix_cache_queries: int
     prefix_cache_hits: int
-
-
-@dataclass(slots=True)
-class _Live:
-    """A request in the engine, its text and its random stream."""
-
-    request: Request
-    text: TextStream
-    stream: Random
-    shown: int = 0  # characters already handed out
 
 
 class Engine:
@@ -80,7 +71,7 @@ class Engine:
         share = batching.enable_prefix_caching
         self._state = SchedulerState(self.batching, BlockPool(self.cache_size.num_blocks), share_prefixes=share)
         self._seed = os.urandom(16)  # so that nobody can make up prompts whose hashes meet
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._ids = itertools.count()
         self._preemptions = self._prompt_tokens = self._generation_tokens = self._queries = self._hits = 0
 
@@ -154,7 +145,8 @@ class Engine:
                 "shorten the prompt" if self._at_limit() else "raise `--max-model-len`, or shorten the prompt",
             )
         vocabulary = self.checkpoint.spec.vocab_size
-        strange = next((token for token in prompt_ids if not 0 <= token < vocabulary), None)
+        named = (*prompt_ids, *params.allowed_token_ids, *(token for token, _ in params.logit_bias))
+        strange = next((token for token in named if not 0 <= token < vocabulary), None)
         if strange is not None:
             raise UsageError(f"token id {strange} is outside the vocabulary of {vocabulary:,}")
 
@@ -166,8 +158,7 @@ class Engine:
             raise UsageError(f"request id `{request_id}` is already running")
         salt = hashlib.blake2b(params.cache_salt.encode(), key=self._seed, digest_size=16).digest()
         request = Request(request_id, list(prompt_ids), len(prompt_ids), params, salt=salt)
-        text = TextStream(self.tokenizer, prompt_ids, params.stop)
-        self._live[request_id] = _Live(request, text, Random(params.seed))
+        self._live[request_id] = Live.start(request, self.tokenizer, self.max_model_len)
         self._state.waiting.append(request)
         self._prompt_tokens += len(prompt_ids)
         return request_id
@@ -183,10 +174,10 @@ class Engine:
         except BaseException:
             self.abort_all()  # the plan counts tokens as computed that never were: nobody may go on from there
             raise
-        ready = [self._live[chunk.request_id] for chunk in plan.chunks if chunk.samples]
-        tokens = sample(logits, [live.request.params for live in ready], [live.stream for live in ready])
-        self._generation_tokens += len(tokens)
-        outputs = [self._take(live, token) for live, token in zip(ready, tokens, strict=True)]
+        ready, logits = self._score_prompts(plan.chunks, logits)
+        outputs = next_tokens(ready, logits)
+        for live, output in zip(ready, outputs, strict=True):
+            self._count(live, output)
         if any(output.finished for output in outputs):
             self._state.running = [r for r in self._state.running if r.request_id in self._live]
         return outputs
@@ -255,40 +246,32 @@ class Engine:
         self.abort_all()
         release_cache(self._layers)
 
-    def _take(self, live: _Live, token: int) -> RequestOutput:
-        """Give a request its new token: text, end, output."""
+    def _score_prompts(self, chunks: Sequence[Chunk], logits: Tensor) -> tuple[list[Live], Tensor]:
+        """Take out the rows that score prompts; returns the requests that sample, and their rows."""
+        ready: list[Live] = []
+        rows: list[int] = []
+        row = 0
+        for chunk in chunks:
+            live = self._live[chunk.request_id]
+            if chunk.scored:
+                live.score(chunk.start, logits[row : row + chunk.length])
+            row += chunk.num_logits
+            if chunk.samples:
+                ready.append(live)
+                rows.append(row - 1)
+        return ready, logits[rows] if len(rows) < len(logits) else logits
+
+    def _count(self, live: Live, output: RequestOutput) -> None:
+        """Keep the totals, and let a request go that has ended."""
         request = live.request
-        if not request.output_ids:
+        self._generation_tokens += output.num_new_tokens
+        if len(output.token_ids) <= 1:
             self._queries += request.num_prompt if self.batching.enable_prefix_caching else 0
             self._hits += request.num_hit or 0
-        request.token_ids.append(token)
-        request.finish_reason = self._reason_to_stop(live, token)
-        if request.finish_reason is not None:
-            live.text.close()
-            self._state.finish(request)
+        if output.finished:
+            # What a failure computed is not to be found by others.
+            (self._state.release if output.error else self._state.finish)(request)
             del self._live[request.request_id]
-        text = live.text.text
-        delta, live.shown = text[live.shown :], len(text)
-        return RequestOutput(
-            request_id=request.request_id,
-            text=text,
-            delta=delta,
-            token_ids=tuple(request.output_ids),
-            num_new_tokens=1,
-            num_prompt_tokens=request.num_prompt,
-            finish_reason=request.finish_reason,
-            num_cached_tokens=request.num_hit or 0,
-            cache_miss=request.cache_miss,
-        )
-
-    def _reason_to_stop(self, live: _Live, token: int) -> FinishReason | None:
-        request, params = live.request, live.request.params
-        ends_text = token in params.stop_token_ids or (token in self.tokenizer.eos_ids and not params.ignore_eos)
-        # The stop token itself is never part of the text.
-        if ends_text or live.text.push(token):
-            return FinishReason.STOP
-        full = request.num_tokens >= self.max_model_len
-        return FinishReason.LENGTH if full or len(request.output_ids) >= params.max_tokens else None
 
     def _at_limit(self) -> bool:
         return self.max_model_len >= self.checkpoint.spec.max_context

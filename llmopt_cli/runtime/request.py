@@ -7,6 +7,18 @@ from enum import StrEnum
 
 from llmopt_cli.errors import UsageError
 
+INFINITE = 2**63
+RANGES: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, INFINITE),
+    "temperature": (0, 100),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "min_tokens": (0, INFINITE),
+    "logprobs": (0, 100),
+    "prompt_logprobs": (0, 100),
+}
+
 
 class FinishReason(StrEnum):
     """Why a request ended, in OpenAI's words where it has one."""
@@ -14,38 +26,84 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens. `temperature=0` is greedy; `top_k=0` and `top_p=1` keep everything.
+    """How to choose tokens. `temperature=0` is greedy; `top_k=0`, `top_p=1`, `min_p=0`, `typical_p=1` keep everything.
 
     `seed=None` draws a fresh seed, so results differ from run to run; with a seed a result is a function of prompt
     and parameters alone, whatever else is in the batch (in float32: 16-bit products round differently by batch size).
     `stop` strings end the text before themselves. Only requests of the same `cache_salt` share cached prefixes.
+
+    Penalties, `logit_bias` (token, what to add) and `allowed_token_ids` change the logits; before `min_tokens` no token
+    that ends the text can come. `logprobs` and `prompt_logprobs` ask for that many likeliest tokens at each position,
+    as the model has them before all this; None asks for none.
     """
 
     max_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     cache_salt: str = ""
 
     def __post_init__(self) -> None:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                limits = f"lie in {low:g}..{high:g}" if high < INFINITE else f"be at least {low:g}"
+                raise UsageError(f"{name} must {limits}, not {value}")
         checks = (
-            (self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}"),
-            (0 <= self.temperature <= 100, f"temperature must lie in 0..100, not {self.temperature}"),
             (self.top_k >= 0, f"top_k must be 0 (off) or more, not {self.top_k}"),
             (0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}"),
+            (0 < self.typical_p <= 1, f"typical_p must lie in (0, 1], not {self.typical_p}"),
+            (
+                0 < self.repetition_penalty <= 100,
+                f"repetition_penalty must lie in (0, 100], not {self.repetition_penalty}",
+            ),
             (all(self.stop), "stop strings must not be empty"),
+            (all(abs(bias) <= 100 for _, bias in self.logit_bias), "logit_bias must lie in -100..100"),
+            (self.min_tokens <= self.max_tokens, f"min_tokens must not exceed max_tokens, {self.max_tokens}"),
         )
         for fine, message in checks:
             if not fine:
                 raise UsageError(message)
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Whether anything is done to the logits before a token is chosen."""
+        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
+        return any((*penalties, self.logit_bias, self.allowed_token_ids, self.min_tokens))
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens are kept out of the draw for being unlikely."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """One position: the token there, its log-probability, its rank (1 is the likeliest), and the likeliest tokens."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(slots=True)
@@ -84,6 +142,11 @@ class Request:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the logits of its next tokens are wanted, since they belong to a prompt that is scored."""
+        return self.params.prompt_logprobs is not None and self.num_computed < self.num_prompt
+
+    @property
     def output_ids(self) -> list[int]:
         """The tokens generated so far."""
         return self.token_ids[self.num_prompt :]
@@ -94,7 +157,9 @@ class RequestOutput:
     """What a request has produced so far. `text` and `token_ids` are cumulative, `delta` is the new text.
 
     `num_new_tokens` counts the tokens that this output adds. Token ids include the stop token, the text does not.
-    Of the prompt `num_cached_tokens` were found in the cache; `cache_miss` says why no more were.
+    Of the prompt `num_cached_tokens` were found in the cache; `cache_miss` says why no more were. `logprobs` are those
+    of all tokens so far, if asked for; `prompt_logprobs` those of the prompt after its first token. `error` is what
+    went wrong with a request that ended by it.
     """
 
     request_id: str
@@ -106,6 +171,9 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     cache_miss: str | None = None
+    error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @property
     def finished(self) -> bool:

@@ -1,4 +1,4 @@
-"""One forward pass for a plan: packed tokens in, one row of logits for each request that samples."""
+"""One forward pass for a plan: packed tokens in, rows of logits for what is sampled or scored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], requests: Mapping[str, Request]) -> Tensor:
-        """Compute all chunks at once; float32 logits (N, V) of the last token of every chunk that samples, in order."""
+        """Compute all chunks at once; returns float32 logits (N, V), as many rows of each chunk as it says.
+
+        They are those of its last tokens: of the one that samples, or of all that are scored.
+        """
         device = self._loaded.device
         tokens: list[int] = []
         spans: list[Span] = []
@@ -32,8 +35,7 @@ class ModelRunner:
             end = chunk.start + chunk.length
             tokens += request.token_ids[chunk.start : end]
             spans.append(Span(chunk.length, end, request.blocks))
-            if chunk.samples:
-                last.append(len(tokens) - 1)
+            last += range(len(tokens) - chunk.num_logits, len(tokens))
         batch = PagedBatch(spans, self._block_size, device)
         context = self._loaded.context
         context.batch = batch

@@ -8,7 +8,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from llmopt_cli.runtime.request import SamplingParams
+from llmopt_cli.runtime.request import SamplingParams, TokenLogprobs
 
 COLDEST = 1e-5  # below it, dividing logits would overflow; the likeliest token has all the weight long before
 
@@ -16,40 +16,70 @@ COLDEST = 1e-5  # below it, dividing logits would overflow; the likeliest token 
 def sample(logits: Tensor, params: Sequence[SamplingParams], streams: Sequence[Random]) -> list[int]:
     """One token for each row of `logits` (N, V): the likeliest at temperature 0, else drawn with the row's stream."""
     tokens = logits.argmax(dim=-1).tolist()
-    for filtered in (False, True):
-        # Rows with and without top-k/top-p are drawn apart: the two walk the vocabulary in different orders.
-        rows = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) == filtered]
+    for cut in (False, True):
+        # Rows that cut off the unlikely and rows that don't are drawn apart: they walk the vocabulary in other orders.
+        rows = [i for i, p in enumerate(params) if p.temperature > 0 and p.cuts == cut]
         if not rows:
             continue
         chosen = [params[row] for row in rows]
         uniforms = [streams[row].random() for row in rows]
-        draw = _draw_filtered if filtered else _draw
-        drawn = draw(_probabilities(logits[rows], chosen), uniforms, chosen)
+        probabilities = _probabilities(logits[rows], chosen)
+        drawn = _draw_cut(probabilities, uniforms, chosen) if cut else _invert(probabilities, uniforms).tolist()
         for row, token in zip(rows, drawn, strict=True):
             tokens[row] = token
     return [int(token) for token in tokens]
 
 
 def _probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    temperatures = torch.tensor([max(p.temperature, COLDEST) for p in params], device=logits.device)
-    return torch.softmax(logits.float() / temperatures[:, None], dim=-1)
+    temperatures = _column(params, "temperature", logits.device, torch.float32).clamp(min=COLDEST)
+    return torch.softmax(logits.float() / temperatures, dim=-1)
 
 
-def _draw(probabilities: Tensor, uniforms: Sequence[float], params: Sequence[SamplingParams]) -> list[int]:
-    return _invert(probabilities, uniforms).tolist()
-
-
-def _draw_filtered(probabilities: Tensor, uniforms: Sequence[float], params: Sequence[SamplingParams]) -> list[int]:
-    """Top-k, then top-p on what is left: the smallest set of likeliest tokens with mass top_p (arXiv 1904.09751)."""
+def _draw_cut(probabilities: Tensor, uniforms: Sequence[float], params: Sequence[SamplingParams]) -> list[int]:
+    """Typical-p, then top-k, then top-p of what is left, then min-p; one token stays at least."""
+    probabilities = _typical(probabilities, params)
     ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    vocabulary = ranked.shape[1]
-    ranks = torch.arange(vocabulary, device=ranked.device)
-    top_k = torch.tensor([p.top_k or vocabulary for p in params], device=ranked.device)[:, None]
-    top_p = torch.tensor([p.top_p for p in params], device=ranked.device, dtype=torch.float64)[:, None]
-    kept = torch.where(ranks < top_k, ranked, 0.0).double()
+    vocabulary, device = ranked.shape[1], ranked.device
+    top_k = torch.tensor([p.top_k or vocabulary for p in params], device=device)[:, None]
+    top_p, min_p = (_column(params, name, device, torch.float64) for name in ("top_p", "min_p"))
+    kept = torch.where(torch.arange(vocabulary, device=device) < top_k, ranked, 0.0).double()
+    # Top-p (arXiv 1904.09751): the smallest set of likeliest tokens with that mass.
     before = (kept.cumsum(-1) - kept) / kept.sum(-1, keepdim=True)
     kept = torch.where((before < top_p) | (top_p >= 1), kept, 0.0)
+    kept = torch.where(kept >= min_p * kept[:, :1], kept, 0.0)  # min-p (arXiv 2407.01082): relative to the likeliest
     return order.gather(1, _invert(kept, uniforms)[:, None]).squeeze(1).tolist()
+
+
+def _typical(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Typical-p (arXiv 2202.00666): the smallest set, by distance of surprise from its mean, with that mass."""
+    typical_p = _column(params, "typical_p", probabilities.device, torch.float64)
+    if bool((typical_p >= 1).all()):
+        return probabilities
+    exact = probabilities.double()
+    surprise = -exact.clamp(min=torch.finfo(torch.float64).tiny).log()
+    distance = (surprise - (exact * surprise).sum(-1, keepdim=True)).abs()
+    order = distance.argsort(dim=-1, stable=True)
+    mass = exact.gather(1, order)
+    kept = (mass.cumsum(-1) - mass < typical_p) | (typical_p >= 1)
+    return torch.where(torch.zeros_like(kept).scatter(1, order, kept), probabilities, 0.0)
+
+
+def top_logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+    """For each row of `logits` (N, V): the log-probability and rank of `tokens`, and the likeliest `counts` tokens."""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+    ranks = (logprobs > chosen).sum(-1) + 1
+    best, where = logprobs.topk(max(1, *counts), dim=-1)
+    rows = zip(tokens, chosen[:, 0].tolist(), ranks.tolist(), where.tolist(), best.tolist(), counts, strict=True)
+    return [
+        TokenLogprobs(token, logprob, rank, tuple(zip(ids[:count], values[:count], strict=True)))
+        for token, logprob, rank, ids, values, count in rows
+    ]
+
+
+def _column(params: Sequence[SamplingParams], name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One parameter of all rows as (N, 1)."""
+    return torch.tensor([getattr(one, name) for one in params], device=device, dtype=dtype)[:, None]
 
 
 def _invert(weights: Tensor, uniforms: Sequence[float]) -> Tensor:

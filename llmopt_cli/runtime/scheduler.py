@@ -14,15 +14,26 @@ from llmopt_cli.runtime.blocks import BlockPool, Chain, chain
 from llmopt_cli.runtime.request import Request
 from llmopt_cli.spec.recipe import Batching
 
+SCORED_ROWS = 256  # of logits for prompts in one step: more would be a spike of the vocabulary's size times the budget
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """`length` tokens of a request from position `start`; `samples` if they reach its last known token."""
+    """`length` tokens of a request from position `start`; `samples` if they reach its last known token.
+
+    `scored` if the logits of all of them are wanted.
+    """
 
     request_id: str
     start: int
     length: int
     samples: bool
+    scored: bool = False
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits that this chunk yields."""
+        return self.length if self.scored else int(self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +93,7 @@ class SchedulerState:
     def find_prefix(self, request: Request) -> list[int]:
         """The blocks in cache that hold the beginning of a request, never all of it: one token has to be run."""
         found: list[int] = []
-        if not self.share_prefixes:
+        if not self.share_prefixes or request.is_scored:
             return found
         size, most = self.limits.block_size, (request.num_tokens - 1) // self.limits.block_size
         self._extend_keys(request, most)
@@ -119,25 +130,46 @@ def schedule(state: SchedulerState) -> Plan:
 
     Running requests come in order of admission, so decoding never starves. What the last plan computed is taken as run.
     """
-    budget = state.limits.max_num_batched_tokens
+    left = _Left(state.limits.max_num_batched_tokens)
     chunks: list[Chunk] = []
     preempted: list[str] = []
     for request in state.running:
         state.publish(request)
     index = 0
-    while index < len(state.running) and budget:
+    while index < len(state.running) and left.tokens:
         request = state.running[index]
-        length = min(request.num_wanted, budget)
-        if _make_room(state, request, length, preempted):
-            chunks.append(_advance(request, length))
-            budget -= length
+        length = left.share(request)
+        if length and _make_room(state, request, length, preempted):
+            chunks.append(left.spend(request, length))
         index += 1
     if not preempted:
-        chunks += _admit(state, budget)
+        chunks += _admit(state, left)
     return Plan(tuple(chunks), tuple(preempted))
 
 
-def _admit(state: SchedulerState, budget: int) -> list[Chunk]:
+@dataclass
+class _Left:
+    """What a step has left to give: tokens to run, and rows of logits for prompts that are scored."""
+
+    tokens: int
+    scores: int = SCORED_ROWS
+
+    def share(self, request: Request) -> int:
+        """Tokens that a request may run."""
+        return min(request.num_wanted, self.tokens, self.scores if request.is_scored else self.tokens)
+
+    def spend(self, request: Request, length: int) -> Chunk:
+        """Let it run them."""
+        samples = length == request.num_wanted
+        chunk = Chunk(request.request_id, request.num_computed, length, samples, request.is_scored)
+        request.num_computed += length
+        request.num_cached += length
+        self.tokens -= length
+        self.scores -= length if chunk.scored else 0
+        return chunk
+
+
+def _admit(state: SchedulerState, left: _Left) -> list[Chunk]:
     """Start waiting requests, in order, while the token budget lasts.
 
     One is admitted only if its whole prompt fits beside one more block for each running request, or chunked prompts
@@ -145,7 +177,7 @@ def _admit(state: SchedulerState, budget: int) -> list[Chunk]:
     """
     chunks: list[Chunk] = []
     passed: list[Request] = []
-    while state.waiting and budget and len(state.running) < state.limits.max_num_seqs:
+    while state.waiting and left.tokens and len(state.running) < state.limits.max_num_seqs:
         request = state.waiting[0]
         if state.stuck[0] == request.request_id and state.blocks.num_free < state.stuck[1]:
             break  # nothing is looked up again before it can help
@@ -158,18 +190,18 @@ def _admit(state: SchedulerState, budget: int) -> list[Chunk]:
         if needed > state.blocks.num_free:
             state.stuck = (request.request_id, needed)
             break
+        if not left.share(request):
+            break  # the rows of logits are spent
         state.running.append(state.waiting.popleft())
         _start(state, request, found, missing)
-        length = min(request.num_wanted, budget)
-        chunks.append(_advance(request, length))
-        budget -= length
+        chunks.append(left.spend(request, left.share(request)))
     state.waiting.extendleft(reversed(passed))
     return chunks
 
 
 def _is_coming(state: SchedulerState, request: Request, found: int) -> bool:
     """Whether a running request is computing the first block of the prompt that `request` lacks."""
-    if not state.share_prefixes or found >= (request.num_tokens - 1) // state.limits.block_size:
+    if not state.share_prefixes or request.is_scored or found >= (request.num_tokens - 1) // state.limits.block_size:
         return False
     key = request.keys[found]
     return any(
@@ -195,6 +227,8 @@ def _miss(state: SchedulerState, request: Request, found: int) -> str | None:
     """Why no more than `found` blocks of a prompt were in the cache; None if all were that can be."""
     if not state.share_prefixes:
         return "prefix caching is off"
+    if request.is_scored:
+        return "prompt logprobs were asked for"
     if request.num_prompt <= state.limits.block_size:
         return "shorter than a block"
     if found >= (request.num_tokens - 1) // state.limits.block_size:
@@ -220,10 +254,3 @@ def _preempt(state: SchedulerState, victim: Request) -> None:
     state.release(victim)
     victim.num_computed = victim.num_cached = 0
     state.waiting.appendleft(victim)
-
-
-def _advance(request: Request, length: int) -> Chunk:
-    chunk = Chunk(request.request_id, request.num_computed, length, samples=length == request.num_wanted)
-    request.num_computed += length
-    request.num_cached += length
-    return chunk

@@ -75,25 +75,27 @@ class TextStream:
         """The text that may be shown so far."""
         return self._decoded[: max(len(self._decoded) - self._hold, 0)]
 
-    def push(self, token: int) -> bool:
-        """Add a token; True if it completed a stop string, which ends the text before it."""
+    def push(self, token: int, may_stop: bool = True) -> bool:
+        """Add a token; True if it completed a stop string, which ends the text before it if it `may_stop`."""
         self._pending.append(token)
         piece = self._step(token)
         if piece:
             self._pending.clear()
-            self._append(piece)
+            self._append(piece, may_stop)
         return self._stopped
 
     def close(self) -> None:
         """No more tokens: show what was held back, and a cut character as the replacement character."""
         if self._pending and not self._stopped:
-            self._append(self._tokenizer.decode(self._pending))
+            self._append(self._tokenizer.decode(self._pending), may_stop=True)
         self._hold = 0
 
-    def _append(self, piece: str) -> None:
+    def _append(self, piece: str, may_stop: bool) -> None:
         """Search stop strings only where the new characters can have completed one; the earliest wins."""
         old = len(self._decoded)
         self._decoded += piece
+        if not may_stop:
+            return
         found = [(self._decoded.find(string, max(old - len(string) + 1, 0)), len(string)) for string in self._stop]
         starts = [(start + length, start) for start, length in found if start >= 0]
         if starts:

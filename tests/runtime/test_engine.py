@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from llmopt_cli.errors import CapacityError, ModelError, UsageError
 from llmopt_cli.runtime import Engine, FinishReason, SamplingParams
+from llmopt_cli.runtime.request import Request, RequestOutput
+from llmopt_cli.runtime.scheduler import Chunk
 from llmopt_cli.spec.checkpoint import Checkpoint
 from llmopt_cli.spec.recipe import Batching
 
@@ -148,6 +150,63 @@ def test_a_step_that_fails_leaves_nothing_half_computed(demo: Engine, monkeypatc
     [output] = demo.generate([prompt], GREEDY)
     assert output.num_cached_tokens == 0
     assert list(output.token_ids) == reference(demo.checkpoint.path, [prompt], 24, str(demo.device))[0]
+
+
+def test_logprobs_are_the_models_own_whatever_was_done_to_its_logits(demo: Engine) -> None:
+    prompts = prompts_of((9, 300))
+    params = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=2, repetition_penalty=1.5)
+    outputs = demo.generate(prompts, params)
+    model = AutoModelForCausalLM.from_pretrained(demo.checkpoint.path, dtype=torch.float32).to(demo.device).eval()
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = [*prompt, *output.token_ids]
+        with torch.inference_mode():
+            expected = model(torch.tensor([ids], device=demo.device)).logits[0].log_softmax(-1).cpu()
+        assert output.prompt_logprobs is not None
+        for position, found in enumerate((*output.prompt_logprobs, *output.logprobs)):
+            row = expected[position]
+            assert found.token == ids[position + 1]
+            assert found.logprob == pytest.approx(float(row[found.token]), abs=1e-4)
+            assert [value for _, value in found.top] == pytest.approx(
+                row.topk(len(found.top)).values.tolist(), abs=1e-4
+            )
+        assert [len(found.top) for found in output.logprobs] == [3] * 6
+        assert len(output.prompt_logprobs) == len(prompt) - 1
+        assert output.cache_miss == "prompt logprobs were asked for"
+
+
+def test_penalties_change_the_answer_and_min_tokens_keeps_it_going(demo: Engine) -> None:
+    [prompt] = prompts_of((40,))
+    plain = demo.generate([prompt], GREEDY)[0].token_ids
+    bias = ((plain[0], -100.0),)
+    [other] = demo.generate([prompt], replace(GREEDY, logit_bias=bias))
+    assert plain[0] not in other.token_ids
+    [stopped] = demo.generate([prompt], SamplingParams(max_tokens=20, stop_token_ids=plain[:1]))
+    assert len(stopped.token_ids) == 1
+    [longer] = demo.generate([prompt], SamplingParams(max_tokens=20, stop_token_ids=plain[:1], min_tokens=5))
+    assert len(longer.token_ids) >= 5
+    assert plain[0] not in longer.token_ids[:5]
+
+
+def test_logits_that_are_no_numbers_end_their_request_alone(demo: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = demo._runner.run
+
+    def poisoned(chunks: Sequence[Chunk], requests: Mapping[str, Request]) -> torch.Tensor:
+        logits = run(chunks, requests).clone()
+        rows = [chunk.request_id for chunk in chunks if chunk.samples]
+        if "ill" in rows and len(requests["ill"].token_ids) > 12:
+            logits[rows.index("ill"), 17] = float("nan")
+        return logits
+
+    monkeypatch.setattr(demo._runner, "run", poisoned)
+    one, other = prompts_of((10, 12))
+    demo.add_request(one, GREEDY, "ill")
+    demo.add_request(other, GREEDY, "well")
+    last: dict[str, RequestOutput] = {}
+    while demo.has_work():
+        last |= {output.request_id: output for output in demo.step()}
+    assert (last["ill"].finish_reason, len(last["ill"].token_ids)) == (FinishReason.ERROR, 3)
+    assert "not finite" in str(last["ill"].error)
+    assert list(last["well"].token_ids) == reference(demo.checkpoint.path, [other], 24, str(demo.device))[0]
 
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [

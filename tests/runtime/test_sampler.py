@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from llmopt_cli.errors import UsageError
 from llmopt_cli.runtime.request import SamplingParams
-from llmopt_cli.runtime.sampler import sample
+from llmopt_cli.runtime.sampler import sample, top_logprobs
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0, 0.5])
 
@@ -50,6 +51,10 @@ def test_temperature_draws_from_the_softmax(temperature: float) -> None:
         (SamplingParams(temperature=1, top_p=0.7), [4, 0]),  # 0.60 + 0.22: the second reaches 0.7
         (SamplingParams(temperature=1, top_k=3, top_p=0.7), [4, 0]),  # of the renormalised three
         (SamplingParams(temperature=1, top_k=1, top_p=0.99), [4]),
+        (SamplingParams(temperature=1, min_p=0.3), [4, 0]),  # 0.60, 0.22 and 0.08: a third of 0.60 is 0.18
+        (SamplingParams(temperature=1, min_p=1), [4]),
+        (SamplingParams(temperature=1, typical_p=0.2), [0]),  # surprise 1.51 is nearest to the entropy 1.19
+        (SamplingParams(temperature=1, typical_p=0.5), [0, 4]),
     ],
 )
 def test_top_k_and_top_p_keep_the_smallest_set(params: SamplingParams, kept: list[int]) -> None:
@@ -77,8 +82,22 @@ def test_a_row_does_not_depend_on_its_neighbours(settings: list[tuple[float, int
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"max_tokens": 0}, {"stop": ("",)}]
+    "wrong",
+    [
+        *({"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"max_tokens": 0}, {"stop": ("",)}),
+        *({"min_p": 2}, {"typical_p": 0}, {"repetition_penalty": 0}, {"presence_penalty": 3}, {"logprobs": -1}),
+        *({"frequency_penalty": float("nan")}, {"min_tokens": 200}, {"logit_bias": ((5, 101.0),)}),
+    ],
 )
-def test_parameters_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+def test_parameters_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+def test_top_logprobs_are_those_of_the_softmax() -> None:
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    expected = logits.log_softmax(-1)
+    for row, (found, count) in enumerate(zip(top_logprobs(logits, [7, 8, 9], [0, 2, 5]), (0, 2, 5), strict=True)):
+        assert found.logprob == pytest.approx(float(expected[row, found.token]))
+        assert found.rank == 1 + int((expected[row] > expected[row, found.token]).sum())
+        assert [token for token, _ in found.top] == expected[row].topk(count).indices.tolist()

@@ -1,0 +1,129 @@
+"""A request while it is in the engine: its text, its random stream, what its parameters must remember.
+
+Turns one token after the other into outputs, and knows when to stop. Knows no batch and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from llmopt_cli.runtime.logits import History, shape
+from llmopt_cli.runtime.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
+from llmopt_cli.runtime.sampler import sample, top_logprobs
+from llmopt_cli.runtime.tokenizer import TextStream, Tokenizer
+
+NOT_NUMBERS = "the model's logits are not finite numbers"
+
+
+@dataclass(slots=True)
+class Live:
+    """A request, its text so far and its random stream. `prompt_logprobs` grows while the prompt is computed."""
+
+    request: Request
+    text: TextStream
+    stream: Random
+    history: History
+    max_model_len: int
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    shown: int = 0  # characters already handed out
+
+    @classmethod
+    def start(cls, request: Request, tokenizer: Tokenizer, max_model_len: int) -> Self:
+        """A request that has generated nothing yet."""
+        params, prompt = request.params, request.token_ids
+        ends = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *sorted(tokenizer.eos_ids))
+        history = History(set(prompt) if params.repetition_penalty != 1 else set(), ends)
+        return cls(request, TextStream(tokenizer, prompt, params.stop), Random(params.seed), history, max_model_len)
+
+    @property
+    def params(self) -> SamplingParams:
+        """How to choose its tokens."""
+        return self.request.params
+
+    def take(self, token: int) -> RequestOutput:
+        """One more token: text, end, output."""
+        self.request.token_ids.append(token)
+        self.history.add(token)
+        self.request.finish_reason = self._reason_to_stop(token)
+        return self.output(1)
+
+    def fail(self, error: str) -> RequestOutput:
+        """End without another token."""
+        self.request.finish_reason = FinishReason.ERROR
+        return self.output(0, error)
+
+    def score(self, start: int, logits: Tensor) -> None:
+        """`logits` (L, V) of the tokens from position `start` on: what they say of the prompt's tokens after them.
+
+        A request that had to start again is scored once.
+        """
+        first = max(start, len(self.prompt_logprobs)) + 1
+        tokens = self.request.token_ids[first : min(start + len(logits) + 1, self.request.num_prompt)]
+        if tokens:
+            rows = logits[first - 1 - start :][: len(tokens)]
+            self.prompt_logprobs += top_logprobs(rows, tokens, [self.params.prompt_logprobs or 0] * len(tokens))
+
+    def output(self, num_new_tokens: int, error: str | None = None) -> RequestOutput:
+        """What there is so far, of which `num_new_tokens` are new."""
+        request = self.request
+        if request.finish_reason is not None:
+            self.text.close()
+        text = self.text.text
+        delta, self.shown = text[self.shown :], len(text)
+        return RequestOutput(
+            request_id=request.request_id,
+            text=text,
+            delta=delta,
+            token_ids=tuple(request.output_ids),
+            num_new_tokens=num_new_tokens,
+            num_prompt_tokens=request.num_prompt,
+            finish_reason=request.finish_reason,
+            num_cached_tokens=request.num_hit or 0,
+            cache_miss=request.cache_miss,
+            error=error,
+            logprobs=tuple(self.logprobs),
+            prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
+        )
+
+    def _reason_to_stop(self, token: int) -> FinishReason | None:
+        request, params = self.request, self.params
+        generated = request.num_tokens - request.num_prompt
+        # The stop token itself is never part of the text.
+        if token in self.history.end_ids or self.text.push(token, may_stop=generated >= params.min_tokens):
+            return FinishReason.STOP
+        return (
+            FinishReason.LENGTH if request.num_tokens >= self.max_model_len or generated >= params.max_tokens else None
+        )
+
+
+def next_tokens(ready: Sequence[Live], logits: Tensor) -> list[RequestOutput]:
+    """Choose the next token of every request from its row of `logits` float32 (N, V).
+
+    A request whose logits are not numbers fails alone.
+    """
+    if not ready:
+        return []
+    raw, params = logits, [live.params for live in ready]
+    shaped = [row for row, one in enumerate(params) if one.shapes_logits]
+    if shaped:
+        part = logits[shaped]
+        shape(part, [params[row] for row in shaped], [ready[row].history for row in shaped])
+        logits = logits.index_copy(0, torch.tensor(shaped, device=logits.device), part)
+    tokens = sample(logits, params, [live.stream for live in ready])
+    wanted = [row for row, one in enumerate(params) if one.logprobs is not None]
+    if wanted:
+        counts = [params[row].logprobs or 0 for row in wanted]
+        for row, found in zip(wanted, top_logprobs(raw[wanted], [tokens[row] for row in wanted], counts), strict=True):
+            ready[row].logprobs.append(found)
+    numbers = raw.amax(-1).isfinite().tolist()  # the maximum of a row that holds a NaN is NaN
+    return [
+        live.take(token) if fine else live.fail(NOT_NUMBERS)
+        for live, token, fine in zip(ready, tokens, numbers, strict=True)
+    ]
