@@ -35,6 +35,10 @@ BlockSizeOpt = Annotated[int | None, typer.Option("--block-size", min=1, help="T
 KvMemoryOpt = Annotated[
     int | None, typer.Option("--kv-cache-memory-bytes", min=1, help="Bytes of KV cache; by default what is free.")
 ]
+KvDtypeOpt = Annotated[
+    str | None,
+    typer.Option("--kv-cache-dtype", help="`auto` (the model's), `int8`, `fp8` or `fp8_e5m2`: halves the cache."),
+]
 PrefixCachingOpt = Annotated[
     bool | None,
     typer.Option(
@@ -46,6 +50,7 @@ PrefixCachingOpt = Annotated[
 RECIPE_FLAGS = (  # the parameters of the options above that are fields of a recipe or of its batching
     "dtype",
     "device",
+    "kv_cache_dtype",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",

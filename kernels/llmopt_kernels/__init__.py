@@ -8,10 +8,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmopt_kernels import cpu, reference
-from llmopt_kernels.paging import PagedBatch, Rows, Span
+from llmopt_kernels.paging import QUANTIZED, PagedBatch, Pages, Rows, Span
 
 __all__ = [
+    "QUANTIZED",
     "PagedBatch",
+    "Pages",
     "Rows",
     "Span",
     "int4_linear",
@@ -44,17 +46,18 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tens
     return cpu.int4_linear(x, codes, scales, zeros) if cpu.fits(x) else reference.int4_linear(x, codes, scales, zeros)
 
 
-def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def store_kv(key: Tensor, value: Tensor, k: Pages, v: Pages, slots: Tensor) -> None:
     """See `reference.store_kv`."""
-    (cpu if cpu.fits(key, value, k_cache, v_cache) else reference).store_kv(key, value, k_cache, v_cache, slots)
+    home = cpu if cpu.fits(key, value) and cpu.stores(key, k) else reference
+    home.store_kv(key, value, k, v, slots)
 
 
 def paged_attention(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float, window: int | None = None
+    query: Tensor, k: Pages, v: Pages, batch: PagedBatch, scale: float, window: int | None = None
 ) -> Tensor:
     """Causal attention of packed queries (T, H, D) over the paged cache -> (T, H, Dv); see `reference.attend_rows`."""
-    out = query.new_empty(*query.shape[:-1], v_cache.shape[-1])
+    out = query.new_empty(*query.shape[:-1], v.values.shape[-1])
     for group in batch.groups:
-        home = cpu if cpu.takes(group) and cpu.fits(query, k_cache, v_cache) else reference
-        home.attend_rows(query, k_cache, v_cache, out, group, scale, window)
+        home = cpu if cpu.takes(group) and cpu.fits(query) and cpu.reads(query, k) else reference
+        home.attend_rows(query, k, v, out, group, scale, window)
     return out

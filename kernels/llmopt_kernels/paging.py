@@ -1,7 +1,8 @@
-"""`PagedBatch`: which query tokens of a step belong to whom, and which cache slots each may look at.
+"""`Pages`: the keys or values of one layer's cache. `PagedBatch`: which query tokens of a step belong to whom, and
+which cache slots each may look at.
 
-Built once a step and shared by all layers. A slot is a token's place in the cache: block * block_size + offset. There
-is room for more: block tables could differ per layer, and `visible` could hold a mask among drafts.
+A batch is built once a step and shared by all layers. A slot is a token's place in the cache: block * block_size +
+offset. There is room for more: block tables could differ per layer, and `visible` could hold a mask among drafts.
 """
 
 from __future__ import annotations
@@ -9,9 +10,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
+
+QUANTIZED = {  # the largest value of each dtype into which a cache can be quantized
+    torch.int8: 127.0,
+    torch.float8_e4m3fn: 448.0,
+    torch.float8_e5m2: 57344.0,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Pages:
+    """Cached keys or values of one layer: `values` (S, K, D) in the model's dtype, or in one of QUANTIZED.
+
+    Those have `scales` float32 (S, K): every token's head has its own, so nothing has to be calibrated.
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+
+    @classmethod
+    def empty(cls, slots: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Self:
+        """Zeros, not garbage: a masked NaN would still poison the sum over values."""
+        values = torch.zeros(slots, heads, dim, dtype=dtype, device=device)
+        return cls(values, torch.zeros(slots, heads, device=device) if dtype in QUANTIZED else None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.values.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
 
 @dataclass(frozen=True)

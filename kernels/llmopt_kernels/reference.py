@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmopt_kernels.paging import Rows
+from llmopt_kernels.paging import QUANTIZED, Pages, Rows
+
+SMALLEST_SCALE = 1e-12  # of a head of zeros
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -51,42 +53,68 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tens
     return F.linear(x, dequantize_int4(codes, scales, zeros).to(x.dtype))
 
 
-def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Write new keys (T, K, D) and values (T, K, Dv) into their `slots` (T,) of the caches (S, K, D) and (S, K, Dv)."""
-    k_cache.index_copy_(0, slots, key)
-    v_cache.index_copy_(0, slots, value)
+def quantize_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Every head of x (T, K, D) in `dtype`, one of QUANTIZED, so that its largest value is the dtype's.
+
+    Returns the codes (T, K, D) and their scales float32 (T, K).
+    """
+    wide = x.float()
+    scales = (wide.abs().amax(-1) / QUANTIZED[dtype]).clamp(min=SMALLEST_SCALE)
+    codes = wide / scales[..., None]
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scales
 
 
-def attend_rows(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, group: Rows, scale: float, window: int | None
-) -> None:
+def store_kv(key: Tensor, value: Tensor, k: Pages, v: Pages, slots: Tensor) -> None:
+    """Write new keys (T, K, D) and values (T, K, Dv) into their `slots` (T,) of the caches."""
+    for new, pages in ((key, k), (value, v)):
+        if pages.scales is None:
+            pages.values.index_copy_(0, slots, new)
+            continue
+        codes, scales = quantize_heads(new, pages.values.dtype)
+        _bytes(pages.values).index_copy_(0, slots, _bytes(codes))
+        pages.scales.index_copy_(0, slots, scales)
+
+
+def attend_rows(query: Tensor, k: Pages, v: Pages, out: Tensor, group: Rows, scale: float, window: int | None) -> None:
     """Causal attention of one group's queries over its cached tokens, into its rows of `out` (T, H, Dv).
 
     query (T, H, D); the caches already hold the step's own keys and values; `window` is the number of positions a token
     sees, itself included. Gathers the pages, padded to the group's longest request.
     """
-    out[group.rows] = _attend(query[group.rows], k_cache, v_cache, group.slots, group.visible(window), scale)
+    out[group.rows] = _attend(query[group.rows], k, v, group.slots, group.visible(window), scale)
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, visible: Tensor, scale: float) -> Tensor:
+def _attend(q: Tensor, k: Pages, v: Pages, slots: Tensor, visible: Tensor, scale: float) -> Tensor:
     """softmax(q k^T * scale) v over gathered pages.
 
     q (B, Q, H, D), slots (B, L), visible (B, 1, Q, L) -> (B, Q, H, Dv).
     """
-    # embedding() gathers rows several times faster than fancy indexing on the CPU.
-    k, v = (
-        F.embedding(slots, cache.flatten(1)).view(*slots.shape, *cache.shape[1:]).transpose(1, 2)  # (B, K, L, D)
-        for cache in (k_cache, v_cache)
-    )
+    keys, values = (_gather(pages, slots, q.dtype) for pages in (k, v))
     if slots.shape[0] > 1:
         # Padding reads slots of others: masked, yet their NaN would spread, for 0 * NaN is NaN.
         padding = ~visible.any(dim=2)[..., None]
-        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+        keys, values = keys.masked_fill(padding, 0), values.masked_fill(padding, 0)
     q = q.transpose(1, 2)
     if q.device.type == "cpu" and q.dtype != torch.float32:
         # The CPU's masked 16-bit attention is several times slower than float32, and less exact.
-        return _sdpa(q.float(), k.float(), v.float(), visible, scale).to(q.dtype)
-    return _sdpa(q, k, v, visible, scale)
+        return _sdpa(q.float(), keys.float(), values.float(), visible, scale).to(q.dtype)
+    return _sdpa(q, keys, values, visible, scale)
+
+
+def _gather(pages: Pages, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cached heads at `slots` (B, L) -> (B, K, L, D), in `dtype` where they are quantized."""
+    # embedding() gathers rows several times faster than fancy indexing on the CPU.
+    stored = pages.values if pages.scales is None else _bytes(pages.values)
+    found = F.embedding(slots, stored.flatten(1)).view(*slots.shape, *stored.shape[1:])
+    if pages.scales is not None:
+        wide = found.view(pages.values.dtype).float() * F.embedding(slots, pages.scales)[..., None]
+        found = wide.to(dtype)
+    return found.transpose(1, 2)
+
+
+def _bytes(codes: Tensor) -> Tensor:
+    """8-bit floats as the integers that torch can copy and gather."""
+    return codes.view(torch.int8)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:

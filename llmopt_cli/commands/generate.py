@@ -32,6 +32,7 @@ def generate(
     max_model_len: options.MaxModelLenOpt = None,
     kv_cache_memory_bytes: options.KvMemoryOpt = None,
     enable_prefix_caching: options.PrefixCachingOpt = None,
+    kv_cache_dtype: options.KvDtypeOpt = None,
     trust_remote_code: options.TrustOpt = False,
     as_json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
@@ -43,13 +44,22 @@ def generate(
     if not prompt:
         raise UsageError("there is no prompt", 'give one: `llmopt generate demo --prompt "It was"`')
     prompts = [_stdin() if text == "-" else text for text in prompt]
-    params = SamplingParams(max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), ignore_eos=ignore_eos)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
 
     from llmopt_cli.runtime import Engine
     from llmopt_cli.spec.recipe import Recipe
 
-    flags = {"dtype": dtype, "device": device}
+    flags = {"dtype": dtype, "device": device, "kv_cache_dtype": kv_cache_dtype}
     batching = {"max_model_len": max_model_len, "kv_cache_memory_bytes": kv_cache_memory_bytes}
+    batching["enable_prefix_caching"] = enable_prefix_caching
     recipe = Recipe.resolve(None, model=model, **flags, **batching)
     with out.progress(f"loading {model}") as report:
         engine = Engine.from_recipe(recipe, trust_remote_code, report)

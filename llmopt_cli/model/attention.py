@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmopt_cli.errors import ModelError
-from llmopt_kernels import PagedBatch, paged_attention, store_kv
+from llmopt_kernels import PagedBatch, Pages, paged_attention, store_kv
 
 NAME = "llmopt_paged"
 UNSUPPORTED = {
@@ -33,14 +33,14 @@ class AttentionContext:
 
 @dataclass
 class PagedLayer:
-    """One attention module's place in the paged cache. `k` (S, K, D) and `v` (S, K, Dv) are hung here by the cache.
+    """One attention module's place in the paged cache. `k` and `v` are hung here by the cache.
 
     `seen` is what its first call showed: KV heads, head sizes of keys and values, scaling and window.
     """
 
     context: AttentionContext
-    k: Tensor | None = None
-    v: Tensor | None = None
+    k: Pages | None = None
+    v: Pages | None = None
     seen: LayerFacts | None = field(default=None)
 
 

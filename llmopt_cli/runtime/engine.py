@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from llmopt_cli.errors import CapacityError, UsageError
@@ -20,7 +21,7 @@ from llmopt_cli.model.attention import paged_layers
 from llmopt_cli.model.load import LoadedModel, load_model
 from llmopt_cli.output import Report
 from llmopt_cli.runtime.blocks import BlockPool
-from llmopt_cli.runtime.kv_cache import hang_cache, release_cache, size_cache
+from llmopt_cli.runtime.kv_cache import cache_dtype, hang_cache, release_cache, size_cache
 from llmopt_cli.runtime.live import Live, next_tokens
 from llmopt_cli.runtime.request import Request, RequestOutput, SamplingParams
 from llmopt_cli.runtime.runner import ModelRunner
@@ -52,7 +53,14 @@ class EngineStats:
 class Engine:
     """Continuous batching of one model over one paged cache."""
 
-    def __init__(self, checkpoint: Checkpoint, loaded: LoadedModel, tokenizer: Tokenizer, batching: Batching) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        loaded: LoadedModel,
+        tokenizer: Tokenizer,
+        batching: Batching,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
         spec = checkpoint.spec
         self.checkpoint, self.tokenizer = checkpoint, tokenizer
         self.dtype, self.device = loaded.dtype, loaded.device
@@ -63,9 +71,10 @@ class Engine:
                 "give at most that, or leave the flag out",
             )
         self.batching = replace(batching, max_model_len=self.max_model_len)
-        self.cache_size = size_cache(spec, batching, self.max_model_len, loaded.dtype, loaded.device)
+        self.kv_dtype = cache_dtype(kv_cache_dtype, loaded.dtype)
+        self.cache_size = size_cache(spec, batching, self.max_model_len, self.kv_dtype, loaded.device)
         self._layers = paged_layers(loaded.model)
-        hang_cache(self._layers, self.cache_size, loaded.dtype, loaded.device)
+        hang_cache(self._layers, self.cache_size, self.kv_dtype, loaded.device)
         self._loaded = loaded
         self._runner = ModelRunner(loaded, batching.block_size)
         share = batching.enable_prefix_caching
@@ -82,6 +91,7 @@ class Engine:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        kv_cache_dtype: str = "auto",
         batching: Batching | None = None,
         trust_remote_code: bool = False,
         report: Report | None = None,
@@ -89,8 +99,9 @@ class Engine:
         """Load `model` (a folder, a hub id, `demo`) and size its cache."""
         checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
         tokenizer = Tokenizer(checkpoint, trust_remote_code)
+        cache_dtype(kv_cache_dtype, torch.float32)  # a wrong name is told before the weights are read
         loaded = load_model(checkpoint, dtype, device, trust_remote_code, report)
-        return cls(checkpoint, loaded, tokenizer, batching or Batching())
+        return cls(checkpoint, loaded, tokenizer, batching or Batching(), kv_cache_dtype)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, trust_remote_code: bool = False, report: Report | None = None) -> Self:
@@ -100,6 +111,7 @@ class Engine:
             recipe.model,
             dtype=recipe.dtype,
             device=recipe.device,
+            kv_cache_dtype=recipe.kv_cache_dtype,
             batching=recipe.batching,
             trust_remote_code=trust_remote_code,
             report=report,
@@ -219,6 +231,7 @@ class Engine:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "weights_bytes": self._loaded.weight_bytes,
+            "kv_cache_dtype": str(self.kv_dtype).removeprefix("torch."),
             "kv_cache_bytes": self.cache_size.nbytes,
             "kv_cache_tokens": self.cache_size.num_tokens,
             "block_size": self.cache_size.block_size,
@@ -281,7 +294,6 @@ def _refuse_foreign(recipe: Recipe) -> None:
     """What a recipe may ask of other engines, and this one would have to ignore."""
     asked = {
         f"the engine {recipe.engine}": recipe.engine != "llmopt",
-        f"kv_cache_dtype {recipe.kv_cache_dtype}": recipe.kv_cache_dtype != "auto",
         f"tensor_parallel_size {recipe.tensor_parallel_size}": (recipe.tensor_parallel_size or 1) > 1,
         f"pipeline_parallel_size {recipe.pipeline_parallel_size}": recipe.pipeline_parallel_size > 1,
         "speculation": recipe.speculation is not None,

@@ -7,14 +7,31 @@ from dataclasses import dataclass
 
 import torch
 
-from llmopt_cli.errors import CapacityError, ModelError
+from llmopt_cli.errors import CapacityError, ModelError, UnknownNameError
 from llmopt_cli.estimate.memory import kv_block_bytes
 from llmopt_cli.model.attention import PagedLayer
 from llmopt_cli.runtime.probe import free_memory
 from llmopt_cli.spec.model import ModelSpec
 from llmopt_cli.spec.recipe import Batching
+from llmopt_kernels import QUANTIZED, Pages
 
+SCALE_BYTES = 4  # of a quantized head: float32
+DTYPES = {
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 KV_SHARE_OF_FREE = 0.9  # the rest is for activations and for whoever else allocates
+
+
+def cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    """What `--kv-cache-dtype` names; `auto` is the model's own. UnknownNameError if the engine has no such cache."""
+    if name == "auto":
+        return model_dtype
+    if name not in DTYPES:
+        raise UnknownNameError("KV cache dtype", name, ["auto", *DTYPES])
+    return DTYPES[name]
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,9 @@ def size_cache(
     Raises CapacityError if not even one request of full length fits.
     """
     block_bytes = kv_block_bytes(spec, batching.block_size, dtype.itemsize)
+    if dtype in QUANTIZED:
+        heads = spec.num_heads if spec.latent else spec.num_kv_heads  # a latent is kept expanded here
+        block_bytes += batching.block_size * spec.num_layers * heads * 2 * SCALE_BYTES
     blocks_per_request = -(-max_model_len // batching.block_size)
     if batching.kv_cache_memory_bytes is not None:
         num_blocks = batching.kv_cache_memory_bytes // block_bytes
@@ -69,7 +89,9 @@ def hang_cache(layers: Sequence[PagedLayer], size: CacheSize, dtype: torch.dtype
     slots = size.num_tokens
     seen = [layer.seen for layer in layers if layer.seen is not None]
     assert len(seen) == len(layers), "layers are probed when the model is loaded"
-    needed = slots * dtype.itemsize * sum(facts.kv_heads * (facts.head_dim + facts.value_dim) for facts in seen)
+    scales = 2 * SCALE_BYTES if dtype in QUANTIZED else 0
+    token = sum(facts.kv_heads * (dtype.itemsize * (facts.head_dim + facts.value_dim) + scales) for facts in seen)
+    needed = slots * token
     if needed != size.nbytes:
         raise ModelError(
             f"the layers' keys and values take {needed:,} bytes where config.json makes {size.nbytes:,}; "
@@ -77,9 +99,8 @@ def hang_cache(layers: Sequence[PagedLayer], size: CacheSize, dtype: torch.dtype
         )
     try:
         for layer, facts in zip(layers, seen, strict=True):
-            # Zeros, not garbage: a masked NaN would still poison the sum over values.
-            layer.k = torch.zeros(slots, facts.kv_heads, facts.head_dim, dtype=dtype, device=device)
-            layer.v = torch.zeros(slots, facts.kv_heads, facts.value_dim, dtype=dtype, device=device)
+            layer.k = Pages.empty(slots, facts.kv_heads, facts.head_dim, dtype, device)
+            layer.v = Pages.empty(slots, facts.kv_heads, facts.value_dim, dtype, device)
     except RuntimeError as error:  # out of memory: on a CPU torch has no narrower class for it
         release_cache(layers)
         raise CapacityError(

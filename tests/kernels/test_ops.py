@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import llmopt_kernels
-from llmopt_kernels import PagedBatch, Span, cpu, paged_attention, reference, store_kv
+from llmopt_kernels import QUANTIZED, PagedBatch, Pages, Span, cpu, paged_attention, reference, store_kv
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 compiled = pytest.mark.skipif(cpu.library() is None, reason="the CPU ops are not compiled here")
@@ -132,8 +132,8 @@ def test_paged_attention_equals_naive_attention_over_scattered_pages(
             (torch.randn(context, kv_heads, dim).to(dtype), torch.randn(context, kv_heads, value_dim).to(dtype))
         )
     batch = PagedBatch(spans, size, torch.device("cpu"))
-    k_cache = torch.full((40 * size, kv_heads, dim), 99.0, dtype=dtype)
-    v_cache = torch.full((40 * size, kv_heads, value_dim), 99.0, dtype=dtype)
+    k_cache = Pages(torch.full((40 * size, kv_heads, dim), 99.0, dtype=dtype))
+    v_cache = Pages(torch.full((40 * size, kv_heads, value_dim), 99.0, dtype=dtype))
     for span, (keys, values) in zip(spans, histories, strict=True):
         past = PagedBatch([Span(span.context, span.context, span.blocks)], size, torch.device("cpu"))
         store_kv(keys, values, k_cache, v_cache, past.new_slots)
@@ -142,6 +142,53 @@ def test_paged_attention_equals_naive_attention_over_scattered_pages(
     rows = query.split([span.length for span in spans])
     expected = [naive_attention(q, k, v, scale, window) for q, (k, v) in zip(rows, histories, strict=True)]
     assert close(found, torch.cat(expected).to(dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("cached", list(QUANTIZED), ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("use_compiled", [False, pytest.param(True, marks=compiled)], ids=["torch", "compiled"])
+def test_a_quantized_cache_is_attention_over_what_its_codes_mean(
+    cached: torch.dtype, dtype: torch.dtype, use_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not use_compiled:
+        monkeypatch.setattr(cpu, "fits", lambda *_: False)
+    torch.manual_seed(2)
+    size, scale, heads, kv_heads, dim, value_dim = 4, 0.3, 6, 3, 20, 16
+    spans = [Span(1, 7, [5, 2]), Span(3, 3, [1]), Span(1, 1, [4])]
+    k_cache = Pages.empty(6 * size, kv_heads, dim, cached, torch.device("cpu"))
+    v_cache = Pages.empty(6 * size, kv_heads, value_dim, cached, torch.device("cpu"))
+    meant = []
+    for span in spans:
+        keys, values = (torch.randn(span.context, kv_heads, width).to(dtype) for width in (dim, value_dim))
+        keys[0] = 0  # a head of zeros has a scale, too
+        past = PagedBatch([Span(span.context, span.context, span.blocks)], size, torch.device("cpu"))
+        store_kv(keys, values, k_cache, v_cache, past.new_slots)
+        codes = [reference.quantize_heads(tensor, cached) for tensor in (keys, values)]
+        meant.append([code.float() * by[..., None] for code, by in codes])
+        for tensor, wide in zip((keys, values), meant[-1], strict=True):
+            error = (wide - tensor.float()).abs().amax(-1)
+            assert bool((error <= tensor.float().abs().amax(-1) * STEPS[cached] * 1.0001 + 1e-9).all())
+    query = torch.randn(sum(span.length for span in spans), heads, dim).to(dtype)
+    found = paged_attention(query, k_cache, v_cache, PagedBatch(spans, size, torch.device("cpu")), scale)
+    rows = query.split([span.length for span in spans])
+    expected = [naive_attention(q, k, v, scale, None) for q, (k, v) in zip(rows, meant, strict=True)]
+    assert close(found, torch.cat(expected).to(dtype))
+
+
+STEPS = {torch.int8: 0.5 / 127, torch.float8_e4m3fn: 2**-4, torch.float8_e5m2: 2**-3}  # the largest rounding error
+
+
+@compiled
+def test_compiled_and_torch_put_the_same_codes_into_an_int8_cache() -> None:
+    torch.manual_seed(3)
+    new, slots = torch.randn(7, 3, 24), torch.tensor([3, 0, 5, 1, 6, 2, 4])
+    pages = [Pages.empty(8, 3, 24, torch.int8, torch.device("cpu")) for _ in range(4)]
+    cpu.store_kv(new, new, *pages[:2], slots)
+    reference.store_kv(new, new, *pages[2:], slots)
+    assert torch.equal(pages[0].values, pages[2].values)
+    assert pages[0].scales is not None
+    assert pages[2].scales is not None
+    assert torch.equal(pages[0].scales, pages[2].scales)
 
 
 @compiled
@@ -154,7 +201,7 @@ def test_compiled_ops_take_strided_heads() -> None:
     heads_first = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (query, key, value)]
     results = []
     for q, k, v in ((query, key, value), heads_first):
-        caches = torch.zeros(8, 3, 8), torch.zeros(8, 3, 8)
+        caches = Pages(torch.zeros(8, 3, 8)), Pages(torch.zeros(8, 3, 8))
         store_kv(k, v, *caches, batch.new_slots)
         results.append(paged_attention(q, *caches, batch, 1.0))
     assert torch.equal(results[0], results[1])
@@ -169,7 +216,7 @@ def test_mixed_dtypes_never_reach_the_compiled_ops(dtype: torch.dtype) -> None:
     x, weight = torch.randn(3, 8).to(dtype), torch.randn(8).to(other)
     assert torch.equal(llmopt_kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     batch = PagedBatch([Span(1, 1, [0])], 1, torch.device("cpu"))
-    cache = torch.zeros(1, 2, 4, dtype=other)
+    cache = Pages(torch.zeros(1, 2, 4, dtype=other))
     with pytest.raises(RuntimeError):
         store_kv(torch.ones(1, 2, 4, dtype=dtype), torch.ones(1, 2, 4, dtype=dtype), cache, cache, batch.new_slots)
 
@@ -187,7 +234,7 @@ def test_a_request_of_nan_does_not_spoil_its_neighbours(use_compiled: bool, monk
     cache = torch.randn(8, 1, 8)
     cache[:4] = float("nan")
     cache[6:] = float("nan")  # slots that the healthy request has not reached yet
-    found = paged_attention(torch.randn(2, 1, 8), cache, cache, batch, 1.0)
+    found = paged_attention(torch.randn(2, 1, 8), Pages(cache), Pages(cache), batch, 1.0)
     assert found[0].isnan().all()
     assert found[1].isfinite().all()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmopt_cli.errors import CapacityError, ModelError, UsageError
+from llmopt_cli.errors import CapacityError, ModelError, UnknownNameError, UsageError
 from llmopt_cli.runtime import Engine, FinishReason, SamplingParams
 from llmopt_cli.runtime.request import Request, RequestOutput
 from llmopt_cli.runtime.scheduler import Chunk
@@ -233,12 +233,39 @@ def test_greedy_equals_generate_for_every_family(
     assert found == reference(folder, prompts, 24, device)
 
 
-def test_the_cache_has_exactly_the_bytes_of_the_estimate(demo: Engine) -> None:
-    layers = demo._layers
-    allocated = sum(t.nbytes for layer in layers for t in (layer.k, layer.v) if t is not None)
-    spec = demo.checkpoint.spec
-    tokens = demo.startup_report()["kv_cache_tokens"]
-    assert allocated == tokens * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
+@pytest.mark.parametrize(("kv_cache_dtype", "head_bytes"), [("auto", 64 * 4), ("int8", 64 + 4), ("fp8_e5m2", 64 + 4)])
+def test_the_cache_has_exactly_the_bytes_of_the_estimate(kv_cache_dtype: str, head_bytes: int, device: str) -> None:
+    engine = Engine.from_pretrained(
+        "demo", dtype="float32", device=device, kv_cache_dtype=kv_cache_dtype, batching=Batching(max_num_seqs=2)
+    )
+    allocated = sum(t.nbytes for layer in engine._layers for t in (layer.k, layer.v) if t is not None)
+    spec = engine.checkpoint.spec
+    tokens = engine.startup_report()["kv_cache_tokens"]
+    assert allocated == tokens * 2 * spec.num_layers * spec.num_kv_heads * head_bytes
+    assert allocated == engine.startup_report()["kv_cache_bytes"]
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8_e4m3", "fp8_e5m2"])
+def test_a_quantized_cache_says_nearly_the_same(kv_cache_dtype: str, device: str) -> None:
+    engine = Engine.from_pretrained("demo", dtype="float32", device=device, kv_cache_dtype=kv_cache_dtype)
+    prompts = prompts_of((60, 33, 100))
+    scored = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    outputs = engine.generate(prompts, scored)
+    model = AutoModelForCausalLM.from_pretrained(engine.checkpoint.path, dtype=torch.float32).to(device).eval()
+    differences = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with torch.inference_mode():
+            expected = model(torch.tensor([prompt], device=device)).logits[0].log_softmax(-1).cpu()
+        found = output.prompt_logprobs or ()
+        differences += [abs(one.logprob - float(expected[i, one.token])) for i, one in enumerate(found)]
+    assert sum(differences) / len(differences) < {"int8": 0.02, "fp8_e4m3": 0.08, "fp8_e5m2": 0.15}[kv_cache_dtype]
+    again = engine.generate(prompts, scored)
+    assert [one.prompt_logprobs for one in again] == [one.prompt_logprobs for one in outputs]
+
+
+def test_an_unknown_cache_dtype_is_told_before_anything_is_loaded() -> None:
+    with pytest.raises(UnknownNameError, match="unknown KV cache dtype `int3`"):
+        Engine.from_pretrained("demo", kv_cache_dtype="int3")
 
 
 def test_seeded_draws_do_not_depend_on_neighbours(demo: Engine) -> None:

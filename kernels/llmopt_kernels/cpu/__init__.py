@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmopt_kernels import reference
-from llmopt_kernels.paging import Rows
+from llmopt_kernels.paging import Pages, Rows
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -24,10 +24,12 @@ SIGNATURES = {  # of ops.cpp: pointers, sizes, floats
     "rotary": "pppiiii",
     "silu_mul": "ppii",
     "store_rows": "pppiii",
+    "store_int8": "ppppiiii",
     "int4_linear": "pppppiiii",
     "int4_unpack": "ppppiii",
-    "paged_attention": "pppppppipf",
+    **{f"paged_attention_{kind}": "ppppppppppipf" for kind in ("own", "int8", "fp8")},
 }
+CACHED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8"}  # quantized caches that are read
 LONGEST_QUERY = 4  # more query tokens a request: matrix products over gathered pages are faster
 MOST_ROWS = 5  # more rows of x: unpacking the weights for a matrix product is faster
 CHUNK = 128  # columns whose codes ops.cpp takes at a time; groups must be whole chunks
@@ -79,28 +81,44 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def stores(new: Tensor, pages: Pages) -> bool:
+    """Whether `store_kv` has a compiled op for what is new and this cache."""
+    return pages.values.dtype in (new.dtype, torch.int8)
+
+
+def store_kv(key: Tensor, value: Tensor, k: Pages, v: Pages, slots: Tensor) -> None:
     """See `reference.store_kv`."""
-    op = _op("store_rows", key.dtype)
-    for new, store in ((key, k_cache), (value, v_cache)):
+    for new, pages in ((key, k), (value, v)):
         rows = _dense_rows(new)
-        width = store.shape[1] * store.shape[2]
-        op(rows.data_ptr(), store.data_ptr(), slots.data_ptr(), rows.shape[0], width, rows.stride(0))
+        tokens, heads, dim = rows.shape
+        if pages.scales is None:
+            op, sizes = _op("store_rows", new.dtype), (tokens, heads * dim, rows.stride(0))
+            op(rows.data_ptr(), pages.values.data_ptr(), slots.data_ptr(), *sizes)
+        else:
+            tensors = (rows, pages.values, pages.scales, slots)
+            pointers = (tensor.data_ptr() for tensor in tensors)
+            _op("store_int8", new.dtype)(*pointers, tokens, heads, dim, rows.stride(0))
 
 
-def attend_rows(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, group: Rows, scale: float, window: int | None
-) -> None:
+def reads(query: Tensor, pages: Pages) -> bool:
+    """Whether `attend_rows` has a compiled op for this cache."""
+    return pages.values.dtype == query.dtype or pages.values.dtype in CACHED
+
+
+def attend_rows(query: Tensor, k: Pages, v: Pages, out: Tensor, group: Rows, scale: float, window: int | None) -> None:
     """Paged attention of one group of rows, into its rows of `out` (T, H, Dv)."""
     query = _dense_rows(query)
     heads, dim = query.shape[1:]
-    kv_heads, value_dim = v_cache.shape[1:]
+    kv_heads, value_dim = v.values.shape[1:]
     requests, count = group.rows.shape
     shape = (count, heads, kv_heads, dim, value_dim, group.block_size, group.tables.shape[1], query.stride(0))
     sizes = (ctypes.c_int64 * 9)(*shape, window or 0)
     starts = group.rows[:, 0].contiguous()
-    tensors = (query, k_cache, v_cache, out, starts, group.tables, group.lengths)
-    _op("paged_attention", query.dtype)(*(tensor.data_ptr() for tensor in tensors), requests, sizes, scale)
+    kind = CACHED.get(k.values.dtype, "own")
+    table = _float8_table(k.values.dtype) if kind == "fp8" else None
+    tensors = (query, k.values, v.values, k.scales, v.scales, table, out, starts, group.tables, group.lengths)
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    _op(f"paged_attention_{kind}", query.dtype)(*pointers, requests, sizes, scale)
 
 
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -144,6 +162,12 @@ def takes(group: Rows) -> bool:
 def _dense_rows(x: Tensor) -> Tensor:
     """x (T, H, D), each token's H * D values side by side; tokens may lie apart, as in slices of a merged product."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+@cache
+def _float8_table(dtype: torch.dtype) -> Tensor:
+    """What each of the 256 codes of an 8-bit float means, float32."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
 @cache

@@ -86,6 +86,30 @@ inline float total(f32x16 x) {
     return sum;
 }
 
+// 8-bit codes of a quantized cache. An 8-bit float's value is looked up; its scale is applied to what is summed.
+struct q8 {
+    int8_t code;
+};
+struct f8 {
+    uint8_t code;
+};
+thread_local const float* float8_table = nullptr;
+
+inline float load(q8 x) { return x.code; }
+inline float load(f8 x) { return float8_table[x.code]; }
+inline f32x16 load16(const q8* at) {
+    typedef int8_t i8x16 __attribute__((vector_size(16)));
+    i8x16 codes;
+    std::memcpy(&codes, at, sizeof codes);
+    return floats(__builtin_convertvector(codes, i32x16));
+}
+inline f32x16 load16(const f8* at) {
+    const float* table = float8_table;
+    f32x16 value;
+    for (int i = 0; i < 16; ++i) value[i] = table[at[i].code];
+    return value;
+}
+
 template <typename T>
 float dot(const float* a, const T* b, int64_t n) {
     f32x16 s0{}, s1{}, s2{}, s3{};  // four sums: a single one would wait for its own last addition
@@ -157,6 +181,24 @@ void store_rows(const T* from, T* cache, const int64_t* slots, int64_t tokens, i
     for (int64_t t = 0; t < tokens; ++t) std::memcpy(cache + slots[t] * width, from + t * stride, width * sizeof(T));
 }
 
+// Each head of each token in int8, its largest value 127, with the scale that undoes it: reference.quantize_heads.
+template <typename T>
+void store_int8(const T* from, int8_t* cache, float* scales, const int64_t* slots, int64_t tokens, int64_t heads,
+                int64_t dim, int64_t stride) {
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t h = 0; h < heads; ++h) {
+            const T* x = from + t * stride + h * dim;
+            int8_t* to = cache + (slots[t] * heads + h) * dim;
+            float top = 0;
+#pragma omp simd reduction(max : top)
+            for (int64_t d = 0; d < dim; ++d) top = std::max(top, std::fabs(load(x[d])));
+            const float scale = std::max(top / 127.0f, 1e-12f);
+            scales[slots[t] * heads + h] = scale;
+#pragma omp simd
+            for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<int8_t>(std::nearbyint(load(x[d]) / scale));
+        }
+}
+
 constexpr int64_t CHUNK = 128;  // columns whose codes fill one vector of sixteen 32-bit words
 
 // One output of a packed row: per group, scale * (sum of code * x - zero * sum of x). Nibble p of word w is column
@@ -225,9 +267,10 @@ struct Shape {
 };
 
 // One request, one KV head: all its query heads and query tokens, so that each key and value is read once per token.
-template <typename T>
-void attend(const T* query, const T* k, const T* v, T* out, const int64_t* table, int64_t length, int64_t kv_head,
-            const Shape& s, float scale, std::vector<float>& scratch) {
+template <typename T, typename C>
+void attend(const T* query, const C* k, const C* v, const float* k_scales, const float* v_scales, T* out,
+            const int64_t* table, int64_t length, int64_t kv_head, const Shape& s, float scale,
+            std::vector<float>& scratch) {
     const int64_t group = s.heads / s.kv_heads;
     for (int64_t row = 0; row < s.queries; ++row) {
         const int64_t end = length - s.queries + row + 1, begin = s.window > 0 ? std::max<int64_t>(0, end - s.window) : 0;
@@ -239,8 +282,9 @@ void attend(const T* query, const T* k, const T* v, T* out, const int64_t* table
                 q[g * s.dim + d] = load(query[row * s.query_stride + (kv_head * group + g) * s.dim + d]) * scale;
         auto slot = [&](int64_t t) { return table[t / s.block_size] * s.block_size + t % s.block_size; };
         for (int64_t t = 0; t < seen; ++t) {
-            const T* key = k + (slot(begin + t) * s.kv_heads + kv_head) * s.dim;
-            for (int64_t g = 0; g < group; ++g) p[g * seen + t] = dot(q + g * s.dim, key, s.dim);
+            const int64_t at = slot(begin + t) * s.kv_heads + kv_head;
+            const float by = k_scales ? k_scales[at] : 1.0f;
+            for (int64_t g = 0; g < group; ++g) p[g * seen + t] = by * dot(q + g * s.dim, k + at * s.dim, s.dim);
         }
         for (int64_t g = 0; g < group; ++g) {
             float *pg = p + g * seen, top = pg[0], total = 0;
@@ -254,9 +298,10 @@ void attend(const T* query, const T* k, const T* v, T* out, const int64_t* table
         }
         std::fill(sum, sum + group * s.value_dim, 0.0f);
         for (int64_t t = 0; t < seen; ++t) {
-            const T* value = v + (slot(begin + t) * s.kv_heads + kv_head) * s.value_dim;
+            const int64_t at = slot(begin + t) * s.kv_heads + kv_head;
+            const C* value = v + at * s.value_dim;
             for (int64_t g = 0; g < group; ++g) {
-                const float weight = p[g * seen + t];
+                const float weight = p[g * seen + t] * (v_scales ? v_scales[at] : 1.0f);
                 float* to = sum + g * s.value_dim;
 #pragma omp simd
                 for (int64_t d = 0; d < s.value_dim; ++d) to[d] += weight * load(value[d]);
@@ -269,18 +314,21 @@ void attend(const T* query, const T* k, const T* v, T* out, const int64_t* table
 }
 
 // query rows[b]..rows[b]+queries of request b; out (T, heads, value_dim); tables (requests, table_width) of block numbers.
-template <typename T>
-void paged_attention(const T* query, const T* k, const T* v, T* out, const int64_t* rows, const int64_t* tables,
-                     const int64_t* lengths, int64_t requests, const int64_t* shape, float scale) {
+// k and v in the dtype of the query, or in 8-bit codes with a scale for each slot and head; `codes` is what those mean.
+template <typename T, typename C>
+void paged_attention(const T* query, const C* k, const C* v, const float* k_scales, const float* v_scales,
+                     const float* codes, T* out, const int64_t* rows, const int64_t* tables, const int64_t* lengths,
+                     int64_t requests, const int64_t* shape, float scale) {
     const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], shape[7], shape[8]};
     const int64_t tasks = requests * s.kv_heads;
 #pragma omp parallel if (tasks > 1)
     {
         std::vector<float> scratch;
+        float8_table = codes;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; ++task) {
             const int64_t b = task / s.kv_heads;
-            attend(query + rows[b] * s.query_stride, k, v, out + rows[b] * s.heads * s.value_dim,
+            attend(query + rows[b] * s.query_stride, k, v, k_scales, v_scales, out + rows[b] * s.heads * s.value_dim,
                    tables + b * s.table_width, lengths[b], task % s.kv_heads, s, scale, scratch);
         }
     }
@@ -308,10 +356,20 @@ void paged_attention(const T* query, const T* k, const T* v, T* out, const int64
                                      int64_t k, int64_t groups) {                                                      \
         int4_unpack(codes, scales, zeros, out, n, k, groups);                                                          \
     }                                                                                                                  \
-    void llmopt_paged_attention_##suffix(const T* q, const T* k, const T* v, T* out, const int64_t* rows,              \
-                                         const int64_t* tables, const int64_t* lengths, int64_t requests,              \
-                                         const int64_t* shape, float scale) {                                          \
-        paged_attention(q, k, v, out, rows, tables, lengths, requests, shape, scale);                                  \
+    void llmopt_store_int8_##suffix(const T* x, int8_t* cache, float* scales, const int64_t* slots, int64_t tokens,    \
+                                    int64_t heads, int64_t dim, int64_t by) {                                          \
+        store_int8(x, cache, scales, slots, tokens, heads, dim, by);                                                   \
+    }                                                                                                                  \
+    ATTENTION(T, T, own, suffix)                                                                                       \
+    ATTENTION(T, q8, int8, suffix)                                                                                     \
+    ATTENTION(T, f8, fp8, suffix)
+
+#define ATTENTION(T, C, cached, suffix)                                                                                \
+    void llmopt_paged_attention_##cached##_##suffix(                                                                   \
+        const T* q, const C* k, const C* v, const float* k_scales, const float* v_scales, const float* codes, T* out,  \
+        const int64_t* rows, const int64_t* tables, const int64_t* lengths, int64_t requests, const int64_t* shape,    \
+        float scale) {                                                                                                 \
+        paged_attention(q, k, v, k_scales, v_scales, codes, out, rows, tables, lengths, requests, shape, scale);       \
     }
 
 extern "C" {
