@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,18 +170,29 @@ class Engine:
         if request_id in self._live:
             raise UsageError(f"request id `{request_id}` is already running")
         salt = hashlib.blake2b(params.cache_salt.encode(), key=self._seed, digest_size=16).digest()
-        request = Request(request_id, list(prompt_ids), len(prompt_ids), params, salt=salt)
+        deadline = None if params.max_seconds is None else time.monotonic() + params.max_seconds
+        request = Request(
+            request_id,
+            list(prompt_ids),
+            len(prompt_ids),
+            params,
+            salt=salt,
+            priority=params.priority,
+            deadline=deadline,
+        )
         self._live[request_id] = Live.start(request, self.tokenizer, self.max_model_len)
-        self._state.waiting.append(request)
+        self._state.add(request)
         self._prompt_tokens += len(prompt_ids)
         return request_id
 
     def step(self) -> list[RequestOutput]:
         """Schedule, run, sample, post-process: one token for every request that was computed to its end."""
+        self._state.now = time.monotonic()
         plan = schedule(self._state)
         self._preemptions += len(plan.preempted)
+        late = [self._live.pop(request_id).fail("its time was up") for request_id in plan.expired]
         if not plan.chunks:
-            return []
+            return late
         try:
             logits = self._runner.run(plan.chunks, {key: live.request for key, live in self._live.items()})
         except BaseException:
@@ -192,17 +204,14 @@ class Engine:
             self._count(live, output)
         if any(output.finished for output in outputs):
             self._state.running = [r for r in self._state.running if r.request_id in self._live]
-        return outputs
+        return late + outputs
 
     def abort(self, request_id: str) -> None:
         """Drop a request wherever it is; an unknown id is one that already ended."""
         live = self._live.pop(request_id, None)
         if live is None:
             return
-        self._state.release(live.request)
-        for queue in (self._state.running, self._state.waiting):
-            if live.request in queue:
-                queue.remove(live.request)
+        self._state.drop(live.request)
 
     def has_work(self) -> bool:
         """Whether any request is running or waiting."""

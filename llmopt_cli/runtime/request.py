@@ -15,6 +15,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
     "min_tokens": (0, INFINITE),
+    "max_seconds": (0, INFINITE),
     "logprobs": (0, 100),
     "prompt_logprobs": (0, 100),
 }
@@ -40,6 +41,8 @@ class SamplingParams:
     Penalties, `logit_bias` (token, what to add) and `allowed_token_ids` change the logits; before `min_tokens` no token
     that ends the text can come. `logprobs` and `prompt_logprobs` ask for that many likeliest tokens at each position,
     as the model has them before all this; None asks for none.
+
+    A lower `priority` is served first where priorities count; after `max_seconds` the request fails as it is.
     """
 
     max_tokens: int = 128
@@ -61,6 +64,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     cache_salt: str = ""
+    priority: int = 0
+    max_seconds: float | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
@@ -106,7 +111,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """One sequence in the engine: what is known of it, how much of it is computed, which blocks hold it.
 
@@ -115,6 +120,7 @@ class Request:
 
     `keys` are the chained hashes of its full blocks, as far as they were needed; the first `num_published` blocks can
     be shared. `num_hit` tokens were found in the cache when it was first admitted. Another `salt` shares nothing.
+    A lower `priority` value comes first; at its `deadline`, in seconds of the scheduler's time, it ends as it is.
     """
 
     request_id: str
@@ -130,6 +136,9 @@ class Request:
     num_published: int = 0
     num_hit: int | None = None
     cache_miss: str | None = None
+    priority: int = 0
+    deadline: float | None = None
+    arrival: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -7,12 +7,13 @@ handed and knows no clock, randomness, tensors or I/O.
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from llmopt_cli.runtime.blocks import BlockPool, Chain, chain
 from llmopt_cli.runtime.request import Request
+from llmopt_cli.runtime.state import DECAY, EXPECTED_AT_LEAST, SchedulerState
 from llmopt_cli.spec.recipe import Batching
+
+__all__ = ["Chunk", "Plan", "SchedulerState", "schedule"]
 
 SCORED_ROWS = 256  # of logits for prompts in one step: more would be a spike of the vocabulary's size times the budget
 
@@ -38,91 +39,11 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: what runs, in the order in which it is packed, and who had to give up its blocks for it."""
+    """One step: what runs, in the order in which it is packed, who had to give up its blocks, who came too late."""
 
     chunks: tuple[Chunk, ...]
     preempted: tuple[str, ...] = ()
-
-
-@dataclass
-class SchedulerState:
-    """The requests and the blocks. `running` is in order of admission; its last is the first to be preempted."""
-
-    limits: Batching
-    blocks: BlockPool
-    waiting: deque[Request] = field(default_factory=deque)
-    running: list[Request] = field(default_factory=list)
-    share_prefixes: bool = False
-    chain: Chain = chain
-    stuck: tuple[str, int] = ("", 0)  # the request that had to wait for blocks, and how many must be free for it
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens`."""
-        return -(-num_tokens // self.limits.block_size)
-
-    def release(self, request: Request) -> None:
-        """Take a request's blocks away."""
-        # The tail goes first, so that when prefixes are shared the head of a sequence lives longest.
-        self.blocks.release(reversed(request.blocks))
-        request.blocks = []
-        request.num_published = 0
-
-    def finish(self, request: Request) -> None:
-        """As `release`, for a request whose planned tokens were all run: what they cached can be shared."""
-        self.publish(request)
-        self.release(request)
-
-    def publish(self, request: Request) -> None:
-        """Make the blocks that are full of computed tokens findable, and drop those that another holds as well."""
-        size = self.limits.block_size
-        while self.share_prefixes and (request.num_published + 1) * size <= request.num_cached:
-            index = request.num_published
-            parent = request.blocks[index - 1] if index else None
-            if parent is not None and not self.blocks.knows(parent):
-                return  # its hash met another's: what comes after it can't be found either
-            self._extend_keys(request, index + 1)
-            tokens = request.token_ids[index * size : (index + 1) * size]
-            own = request.blocks[index]
-            shared = self.blocks.publish(own, request.keys[index], tokens, parent)
-            if shared != own:
-                self.blocks.hold(shared)
-                self.blocks.release([own])
-                request.blocks[index] = shared
-            request.num_published += 1
-
-    def find_prefix(self, request: Request) -> list[int]:
-        """The blocks in cache that hold the beginning of a request, never all of it: one token has to be run."""
-        found: list[int] = []
-        if not self.share_prefixes or request.is_scored:
-            return found
-        size, most = self.limits.block_size, (request.num_tokens - 1) // self.limits.block_size
-        self._extend_keys(request, most)
-        for index, key in enumerate(request.keys[:most]):
-            tokens = request.token_ids[index * size : (index + 1) * size]
-            block = self.blocks.find(key, tokens, found[-1] if found else None)
-            if block is None:
-                break
-            found.append(block)
-        return found
-
-    def _extend_keys(self, request: Request, count: int) -> None:
-        """Hash the first `count` blocks, each once in the request's life."""
-        size = self.limits.block_size
-        for index in range(len(request.keys), count):
-            parent = request.keys[-1] if request.keys else request.salt
-            request.keys.append(self.chain(parent, request.token_ids[index * size : (index + 1) * size]))
-
-    def check_integrity(self) -> None:
-        """Assert that no block leaked, no request is in two places, and no request holds too few blocks."""
-        self.blocks.check_integrity(request.blocks for request in self.running)
-        assert not any(request.blocks for request in self.waiting), "a waiting request holds blocks"
-        ids = [request.request_id for request in (*self.running, *self.waiting)]
-        assert len(ids) == len(set(ids)), "a request is queued twice"
-        assert all(len(r.blocks) >= self.blocks_for(r.num_cached) for r in self.running), (
-            "cached tokens without a block"
-        )
-        size = self.limits.block_size
-        assert all(r.num_published * size <= r.num_cached for r in self.running), "a block is shared that is not full"
+    expired: tuple[str, ...] = ()
 
 
 def schedule(state: SchedulerState) -> Plan:
@@ -130,33 +51,39 @@ def schedule(state: SchedulerState) -> Plan:
 
     Running requests come in order of admission, so decoding never starves. What the last plan computed is taken as run.
     """
-    left = _Left(state.limits.max_num_batched_tokens)
+    expired = state.pop_expired()
+    left = _Left(state.limits, state.limits.max_num_batched_tokens, alone=len(state.running) + len(state.waiting) == 1)
     chunks: list[Chunk] = []
     preempted: list[str] = []
+    state.filling = state.filling or not state.running
     for request in state.running:
         state.publish(request)
-    index = 0
-    while index < len(state.running) and left.tokens:
-        request = state.running[index]
+    planned: set[str] = set()
+    for request in list(state.running):
         length = left.share(request)
-        if length and _make_room(state, request, length, preempted):
+        if request.blocks and length and _make_room(state, request, length, preempted, planned):
             chunks.append(left.spend(request, length))
-        index += 1
+            planned.add(request.request_id)
     if not preempted:
+        state.expected = min(state.expected, max(EXPECTED_AT_LEAST, state.expected - DECAY))
         chunks += _admit(state, left)
-    return Plan(tuple(chunks), tuple(preempted))
+    return Plan(tuple(chunks), tuple(preempted), tuple(request.request_id for request in expired))
 
 
 @dataclass
 class _Left:
     """What a step has left to give: tokens to run, and rows of logits for prompts that are scored."""
 
+    limits: Batching
     tokens: int
+    alone: bool
     scores: int = SCORED_ROWS
 
     def share(self, request: Request) -> int:
-        """Tokens that a request may run."""
-        return min(request.num_wanted, self.tokens, self.scores if request.is_scored else self.tokens)
+        """Tokens that a request may run; a long prompt leaves room for others."""
+        threshold = 0 if self.alone else self.limits.long_prefill_token_threshold
+        rows = self.scores if request.is_scored else self.tokens
+        return min(request.num_wanted, self.tokens, rows, threshold or self.tokens)
 
     def spend(self, request: Request, length: int) -> Chunk:
         """Let it run them."""
@@ -172,22 +99,25 @@ class _Left:
 def _admit(state: SchedulerState, left: _Left) -> list[Chunk]:
     """Start waiting requests, in order, while the token budget lasts.
 
-    One is admitted only if its whole prompt fits beside one more block for each running request, or chunked prompts
-    would evict each other. One whose next block is being computed for another waits for it, and lets others pass.
+    One is admitted only if its whole prompt fits beside what the running requests are expected to need, or they would
+    evict each other. One whose next block is being computed for another waits for it, and lets others pass.
     """
     chunks: list[Chunk] = []
     passed: list[Request] = []
-    while state.waiting and left.tokens and len(state.running) < state.limits.max_num_seqs:
+    while state.waiting and _has_seat(state):
+        if not left.tokens:
+            break
         request = state.waiting[0]
-        if state.stuck[0] == request.request_id and state.blocks.num_free < state.stuck[1]:
+        spare = state.blocks.num_free - state.expected_growth()
+        if state.stuck[0] == request.request_id and spare < state.stuck[1]:
             break  # nothing is looked up again before it can help
         found = state.find_prefix(request)
         if len(passed) < state.limits.max_num_seqs and _is_coming(state, request, len(found)):
             passed.append(state.waiting.popleft())
             continue
         missing = state.blocks_for(request.num_tokens) - len(found)
-        needed = missing + sum(map(state.blocks.is_idle, found)) + len(state.running)
-        if needed > state.blocks.num_free:
+        needed = missing + sum(map(state.blocks.is_idle, found))
+        if needed > spare:
             state.stuck = (request.request_id, needed)
             break
         if not left.share(request):
@@ -195,8 +125,18 @@ def _admit(state: SchedulerState, left: _Left) -> list[Chunk]:
         state.running.append(state.waiting.popleft())
         _start(state, request, found, missing)
         chunks.append(left.spend(request, left.share(request)))
+    if left.tokens:
+        state.filling = False
     state.waiting.extendleft(reversed(passed))
     return chunks
+
+
+def _has_seat(state: SchedulerState) -> bool:
+    """Whether one more request may run: a static batch is filled once, then runs until its last request has ended."""
+    mode = state.limits.batching_mode
+    if mode == "static" and not state.filling:
+        return False
+    return len(state.running) < (1 if mode == "none" else state.limits.max_num_seqs)
 
 
 def _is_coming(state: SchedulerState, request: Request, found: int) -> bool:
@@ -236,21 +176,16 @@ def _miss(state: SchedulerState, request: Request, found: int) -> str | None:
     return "evicted" if state.blocks.was_evicted(request.keys[found]) else "not seen before"
 
 
-def _make_room(state: SchedulerState, request: Request, length: int, preempted: list[str]) -> bool:
-    """Give `request` the blocks for `length` more tokens, at the cost of later ones; False if it had to go itself."""
+def _make_room(state: SchedulerState, request: Request, length: int, preempted: list[str], planned: set[str]) -> bool:
+    """Give `request` the blocks for `length` more tokens, at the cost of others; False if it had to go itself.
+
+    Those whose tokens are `planned` already keep their blocks.
+    """
     missing = state.blocks_for(request.num_cached + length) - len(request.blocks)
     while missing > state.blocks.num_free:
-        victim = state.running.pop()
-        _preempt(state, victim)
+        victim = state.preempt(planned)
         preempted.append(victim.request_id)
         if victim is request:
             return False
     request.blocks.extend(state.blocks.allocate(max(missing, 0)))
     return True
-
-
-def _preempt(state: SchedulerState, victim: Request) -> None:
-    """Back to the head of the queue; its tokens are kept and computed again."""
-    state.release(victim)
-    victim.num_computed = victim.num_cached = 0
-    state.waiting.appendleft(victim)

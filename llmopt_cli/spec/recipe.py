@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from llmopt_cli.errors import UsageError
 from llmopt_cli.spec.yaml_file import find_yaml, read_yaml, recipes_folder
@@ -18,7 +18,9 @@ class Batching:
     """How requests share the machine. Lengths and budgets in tokens, memory in bytes.
 
     `max_model_len=None` is the model's own limit; `kv_cache_memory_bytes=None` is what is free, capped at what
-    `max_num_seqs` requests of full length can use. With `enable_prefix_caching`, requests that begin alike share blocks.
+    `max_num_seqs` requests of full length can use. With `enable_prefix_caching` requests that begin alike share blocks.
+    Two values of `batching_mode` are baselines: "static" fills a batch and runs it to its end, "none" runs one request
+    after the other. Beside others, a prompt gets at most `long_prefill_token_threshold` tokens of a step (0: no limit).
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -29,6 +31,9 @@ class Batching:
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
+    batching_mode: Literal["continuous", "static", "none"] = "continuous"
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    long_prefill_token_threshold: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "kv_cache_memory_bytes"):

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from llmopt_cli.runtime.blocks import BlockPool, Chain, chain
 from llmopt_cli.runtime.request import Request, SamplingParams
 from llmopt_cli.runtime.scheduler import Plan, SchedulerState, schedule
+from llmopt_cli.runtime.state import EXPECTED_AT_FIRST
 from llmopt_cli.spec.recipe import Batching
 
 BLOCKS, SIZE = 12, 4
@@ -20,7 +21,7 @@ BLOCKS, SIZE = 12, 4
 
 def new_state(max_num_seqs: int = 3, budget: int = 10, blocks: int = BLOCKS, share: bool = False) -> SchedulerState:
     limits = Batching(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, block_size=SIZE)
-    return SchedulerState(limits, BlockPool(blocks), share_prefixes=share)
+    return SchedulerState(limits, BlockPool(blocks), share_prefixes=share, expected=0)  # one more block each
 
 
 def request(name: str, prompt: int) -> Request:
@@ -41,6 +42,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.state = new_state(share=self.share)
         self.state.chain = type(self).chain
+        self.state.expected = EXPECTED_AT_FIRST
         self.goal: dict[str, int] = {}  # request -> tokens it must reach
         self.computed: dict[str, int] = {}  # request -> position up to which its tokens are in memory
         self.memory: dict[int, tuple[int, ...]] = {}
@@ -52,7 +54,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         name = next(self.names)
         # Prompts of a kind begin alike; the last token of some is their own.
         ids = [*range(kind, kind + prompt)]
-        self.state.waiting.append(Request(name, ids, prompt, SamplingParams()))
+        self.state.add(Request(name, ids, prompt, SamplingParams(max_tokens=output)))
         self.goal[name] = prompt + output
         self.computed[name] = 0
 
@@ -258,6 +260,115 @@ def test_the_last_admitted_is_preempted_and_keeps_its_tokens() -> None:
     assert [chunk.request_id for chunk in plan.chunks] == ["a"]
     [victim] = state.waiting
     assert (victim.num_computed, victim.num_cached, victim.num_tokens) == (0, 0, 9)
+
+
+def test_priorities_decide_who_starts_and_who_goes() -> None:
+    state = new_state(blocks=6, budget=40, max_num_seqs=4)
+    state.limits = replace(state.limits, scheduling_policy="priority")
+    for name, prompt, priority in (("low", 8, 5), ("high", 8, 1), ("middle", 8, 3)):
+        one = request(name, prompt)
+        one.priority = priority
+        state.add(one)
+    assert lengths(schedule(state)) == {"high": 8, "middle": 8}
+    for one in state.running:
+        one.token_ids.append(7)
+    plan = schedule(state)
+    assert plan.preempted == ()
+    for _ in range(4):
+        for one in state.running:
+            one.token_ids.append(7)
+        plan = schedule(state)
+    assert plan.preempted == ("middle",)
+    assert [r.request_id for r in state.waiting] == ["middle", "low"]
+
+
+def test_what_is_planned_already_is_not_preempted_in_the_same_step() -> None:
+    state = new_state(blocks=4, budget=40, max_num_seqs=4)
+    state.limits = replace(state.limits, scheduling_policy="priority")
+    worst, best = request("worst", 7), request("best", 7)
+    worst.priority = 9
+    state.add(worst)
+    schedule(state)
+    state.add(best)
+    schedule(state)
+    for one in (worst, best):
+        one.token_ids += [7, 7]  # the next step needs a third block for each, and there is none
+        one.num_computed = one.num_cached = 8
+    plan = schedule(state)
+    assert lengths(plan).keys().isdisjoint(plan.preempted)
+    assert lengths(plan)
+
+
+def test_at_its_deadline_a_request_ends_wherever_it_is() -> None:
+    state = new_state(blocks=3)
+    for name, deadline in (("running", 5.0), ("waiting", 7.0), ("patient", None)):
+        one = request(name, 9)
+        one.deadline = deadline
+        state.add(one)
+    schedule(state)
+    state.now = 4.9
+    assert schedule(state).expired == ()
+    state.now = 5.0
+    plan = schedule(state)
+    assert plan.expired == ("running",)
+    assert lengths(plan) == {"waiting": 9}
+    state.now = 9.0
+    assert schedule(state).expired == ("waiting",)
+    state.check_integrity()
+
+
+def test_a_long_prompt_leaves_room_for_others() -> None:
+    state = new_state(budget=10)
+    state.limits = replace(state.limits, long_prefill_token_threshold=6)
+    state.add(request("long", 20))
+    assert lengths(schedule(state)) == {"long": 10}  # alone, it gets all
+    state.add(request("short", 4))
+    assert lengths(schedule(state)) == {"long": 6, "short": 4}
+
+
+def test_a_static_batch_is_filled_once_and_runs_to_its_end() -> None:
+    state = new_state(max_num_seqs=2, budget=8)
+    state.limits = replace(state.limits, batching_mode="static")
+    for name in "abc":
+        state.add(request(name, 6))
+    assert lengths(schedule(state)) == {"a": 6, "b": 2}  # filling takes two steps
+    state.running[0].token_ids.append(7)
+    assert lengths(schedule(state)) == {"a": 1, "b": 4}
+    state.finish(state.running.pop(0))
+    state.running[0].token_ids.append(7)
+    assert lengths(schedule(state)) == {"b": 1}  # c waits although there is a seat
+    state.finish(state.running.pop(0))
+    assert lengths(schedule(state)) == {"c": 6}
+
+
+def test_without_batching_one_runs_after_the_other() -> None:
+    state = new_state(budget=20)
+    state.limits = replace(state.limits, batching_mode="none")
+    state.add(request("a", 6))
+    state.add(request("b", 6))
+    assert lengths(schedule(state)) == {"a": 6}
+
+
+def preemptions(expected: float) -> int:
+    """How often requests are preempted while 20 of 8 + 40 tokens share a cache for five."""
+    state = new_state(max_num_seqs=20, budget=64, blocks=60)
+    state.expected = expected
+    for index in range(20):
+        state.add(Request(f"r{index}", list(range(8)), 8, SamplingParams(max_tokens=40)))
+    count = 0
+    while state.waiting or state.running:
+        plan = schedule(state)
+        count += len(plan.preempted)
+        for one in [r for r in state.running if r.num_computed == r.num_tokens]:
+            one.token_ids.append(7)
+            if one.num_tokens == 48:
+                state.running.remove(one)
+                state.finish(one)
+    return count
+
+
+def test_expecting_answers_to_grow_avoids_preemption() -> None:
+    assert preemptions(EXPECTED_AT_FIRST) * 3 < preemptions(0.0)
 
 
 def lengths(plan: Plan) -> dict[str, int]:

@@ -1,0 +1,177 @@
+"""What the scheduler works on: requests, waiting or running, and the blocks they hold or share.
+
+Plain data and the moves between its places. Knows no budget and no clock: the time is a field.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, field
+
+from llmopt_cli.runtime.blocks import BlockPool, Chain, chain
+from llmopt_cli.runtime.request import Request
+from llmopt_cli.spec.recipe import Batching
+
+# How long answers become: at first a guess, which decays while it holds (SGLang's new-token ratio).
+EXPECTED_AT_FIRST = 0.7
+EXPECTED_AT_LEAST = 0.1
+DECAY = (EXPECTED_AT_FIRST - EXPECTED_AT_LEAST) / 600  # a step
+HEADROOM = 20  # tokens that each request may add before the next correction
+LONGEST_ANSWER = 4096  # nobody is expected to use a limit beyond it
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    """Who comes first: the lower priority value, then the earlier arrival."""
+    return request.priority, request.arrival
+
+
+def _longest_answer(request: Request) -> int:
+    return min(request.params.max_tokens, LONGEST_ANSWER)
+
+
+@dataclass
+class SchedulerState:
+    """The requests and the blocks, and the time `now` in seconds. `running` is in order of admission.
+
+    `expected` is the share of the tokens they may still generate that running requests are expected to. `stuck` is the
+    request that had to wait for blocks and how many must be free for it; `filling` says that a static batch is not
+    complete yet.
+    """
+
+    limits: Batching
+    blocks: BlockPool
+    waiting: deque[Request] = field(default_factory=deque)
+    running: list[Request] = field(default_factory=list)
+    share_prefixes: bool = False
+    chain: Chain = chain
+    now: float = 0.0
+    expected: float = EXPECTED_AT_FIRST
+    stuck: tuple[str, int] = ("", 0)
+    filling: bool = True
+    deadlines: list[tuple[float, int, Request]] = field(default_factory=list)
+    arrivals: int = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a new request: behind those of its priority and better ones, or at the end."""
+        self.arrivals += 1
+        request.arrival = self.arrivals
+        if request.deadline is not None:
+            heapq.heappush(self.deadlines, (request.deadline, request.arrival, request))
+        if self.limits.scheduling_policy == "priority":
+            insort(self.waiting, request, key=_rank)
+        else:
+            self.waiting.append(request)
+
+    def drop(self, request: Request) -> None:
+        """Take a request out, wherever it is; what its last plan computed is not to be shared."""
+        self.release(request)
+        for queue in (self.running, self.waiting):
+            if request in queue:
+                queue.remove(request)
+
+    def pop_expired(self) -> list[Request]:
+        """Take out the requests whose deadline has come."""
+        expired = []
+        while self.deadlines and self.deadlines[0][0] <= self.now:
+            request = heapq.heappop(self.deadlines)[2]
+            if request in self.running or request in self.waiting:
+                self.drop(request)
+                expired.append(request)
+        return expired
+
+    def preempt(self, spared: set[str]) -> Request:
+        """Send the running request that came last, of the worst priority if those count, back to the queue's head.
+
+        It is none of those `spared`. Its tokens are kept and computed again. How long answers have become so far is
+        then the better guess of how long they will be.
+        """
+        by_priority = self.limits.scheduling_policy == "priority"
+        open_to = [request for request in self.running if request.request_id not in spared]
+        victim = max(open_to, key=_rank) if by_priority else open_to[-1]
+        generated = sum(r.num_tokens - r.num_prompt + HEADROOM for r in self.running)
+        self.expected = min(1.0, generated / sum(_longest_answer(r) for r in self.running))
+        self.running.remove(victim)
+        self.release(victim)
+        victim.num_computed = victim.num_cached = 0
+        if by_priority:
+            insort(self.waiting, victim, key=_rank)
+        else:
+            self.waiting.appendleft(victim)
+        return victim
+
+    def expected_growth(self) -> int:
+        """Blocks that the running requests are expected to take beside those they hold; one each at least."""
+        size = self.limits.block_size
+        left = (_longest_answer(r) - (r.num_tokens - r.num_prompt) for r in self.running)
+        return sum(max(1, math.ceil(self.expected * tokens / size)) for tokens in left)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens`."""
+        return -(-num_tokens // self.limits.block_size)
+
+    def release(self, request: Request) -> None:
+        """Take a request's blocks away."""
+        # The tail goes first, so that when prefixes are shared the head of a sequence lives longest.
+        self.blocks.release(reversed(request.blocks))
+        request.blocks = []
+        request.num_published = 0
+
+    def finish(self, request: Request) -> None:
+        """As `release`, for a request whose planned tokens were all run: what they cached can be shared."""
+        self.publish(request)
+        self.release(request)
+
+    def publish(self, request: Request) -> None:
+        """Make the blocks that are full of computed tokens findable, and drop those that another holds as well."""
+        size = self.limits.block_size
+        while self.share_prefixes and (request.num_published + 1) * size <= request.num_cached:
+            index = request.num_published
+            parent = request.blocks[index - 1] if index else None
+            if parent is not None and not self.blocks.knows(parent):
+                return  # its hash met another's: what comes after it can't be found either
+            self._extend_keys(request, index + 1)
+            tokens = request.token_ids[index * size : (index + 1) * size]
+            own = request.blocks[index]
+            shared = self.blocks.publish(own, request.keys[index], tokens, parent)
+            if shared != own:
+                self.blocks.hold(shared)
+                self.blocks.release([own])
+                request.blocks[index] = shared
+            request.num_published += 1
+
+    def find_prefix(self, request: Request) -> list[int]:
+        """The blocks in cache that hold the beginning of a request, never all of it: one token has to be run."""
+        found: list[int] = []
+        if not self.share_prefixes or request.is_scored:
+            return found
+        size, most = self.limits.block_size, (request.num_tokens - 1) // self.limits.block_size
+        self._extend_keys(request, most)
+        for index, key in enumerate(request.keys[:most]):
+            tokens = request.token_ids[index * size : (index + 1) * size]
+            block = self.blocks.find(key, tokens, found[-1] if found else None)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _extend_keys(self, request: Request, count: int) -> None:
+        """Hash the first `count` blocks, each once in the request's life."""
+        size = self.limits.block_size
+        for index in range(len(request.keys), count):
+            parent = request.keys[-1] if request.keys else request.salt
+            request.keys.append(self.chain(parent, request.token_ids[index * size : (index + 1) * size]))
+
+    def check_integrity(self) -> None:
+        """Assert that no block leaked, no request is in two places, and no request holds too few blocks."""
+        self.blocks.check_integrity(request.blocks for request in self.running)
+        assert not any(request.blocks for request in self.waiting), "a waiting request holds blocks"
+        ids = [request.request_id for request in (*self.running, *self.waiting)]
+        assert len(ids) == len(set(ids)), "a request is queued twice"
+        assert all(len(r.blocks) >= self.blocks_for(r.num_cached) for r in self.running), (
+            "cached tokens without a block"
+        )
+        size = self.limits.block_size
+        assert all(r.num_published * size <= r.num_cached for r in self.running), "a block is shared that is not full"
