@@ -46,6 +46,20 @@ PrefixCachingOpt = Annotated[
         help="Whether requests that begin alike share their KV blocks.",
     ),
 ]
+BatchingOpt = Annotated[
+    str | None,
+    typer.Option("--batching", help="`continuous`, or a baseline: `static`, `none` (one request after the other)."),
+]
+PolicyOpt = Annotated[
+    str | None, typer.Option("--scheduling-policy", help="`fcfs`, or `priority` (lower values are served first).")
+]
+LongPrefillOpt = Annotated[
+    int | None,
+    typer.Option("--long-prefill-token-threshold", min=0, help="Most tokens of a step for one prompt beside others."),
+]
+ScheduleLogOpt = Annotated[
+    Path | None, typer.Option("--schedule-log", help="Log what the scheduler does, prompts included: `llmopt replay`.")
+]
 
 RECIPE_FLAGS = (  # the parameters of the options above that are fields of a recipe or of its batching
     "dtype",
@@ -57,6 +71,9 @@ RECIPE_FLAGS = (  # the parameters of the options above that are fields of a rec
     "block_size",
     "kv_cache_memory_bytes",
     "enable_prefix_caching",
+    "batching_mode",
+    "scheduling_policy",
+    "long_prefill_token_threshold",
 )
 
 

@@ -7,19 +7,23 @@ from typing import Annotated, Any
 import typer
 
 from llmopt_cli.options import (
+    BatchingOpt,
     BlockSizeOpt,
     DeviceOpt,
     DtypeOpt,
     JsonOpt,
     KvDtypeOpt,
     KvMemoryOpt,
+    LongPrefillOpt,
     MaxBatchedTokensOpt,
     MaxModelLenOpt,
     MaxNumSeqsOpt,
+    PolicyOpt,
     PrefixCachingOpt,
     QuietOpt,
     RecipeModelArg,
     RecipeOpt,
+    ScheduleLogOpt,
     TrustOpt,
     recipe_flags,
 )
@@ -59,6 +63,10 @@ def serve(
     kv_cache_memory_bytes: KvMemoryOpt = None,
     enable_prefix_caching: PrefixCachingOpt = None,
     kv_cache_dtype: KvDtypeOpt = None,
+    batching_mode: BatchingOpt = None,
+    scheduling_policy: PolicyOpt = None,
+    long_prefill_token_threshold: LongPrefillOpt = None,
+    schedule_log: ScheduleLogOpt = None,
     max_num_queued_reqs: QueueOpt = 512,
     shutdown_timeout: DrainOpt = 30.0,
     trust_remote_code: TrustOpt = False,
@@ -78,6 +86,7 @@ def serve(
         api_key=api_key,
         max_num_queued_reqs=max_num_queued_reqs,
         shutdown_timeout=shutdown_timeout,
+        schedule_log=schedule_log,
     )
     out = Output(as_json=as_json, quiet=quiet)
     run(deployment, settings, trust_remote_code, lambda report: _announce(out, report))

@@ -22,6 +22,7 @@ from llmopt_cli.model.attention import paged_layers
 from llmopt_cli.model.load import LoadedModel, load_model
 from llmopt_cli.output import Report
 from llmopt_cli.runtime.blocks import BlockPool
+from llmopt_cli.runtime.journal import Journal
 from llmopt_cli.runtime.kv_cache import cache_dtype, hang_cache, release_cache, size_cache
 from llmopt_cli.runtime.live import Live, next_tokens
 from llmopt_cli.runtime.request import Request, RequestOutput, SamplingParams
@@ -82,6 +83,7 @@ class Engine:
         self._state = SchedulerState(self.batching, BlockPool(self.cache_size.num_blocks), share_prefixes=share)
         self._seed = os.urandom(16)  # so that nobody can make up prompts whose hashes meet
         self._live: dict[str, Live] = {}
+        self._journal: Journal | None = None
         self._ids = itertools.count()
         self._preemptions = self._prompt_tokens = self._generation_tokens = self._queries = self._hits = 0
 
@@ -182,6 +184,8 @@ class Engine:
         )
         self._live[request_id] = Live.start(request, self.tokenizer, self.max_model_len)
         self._state.add(request)
+        if self._journal:
+            self._journal.add(request)
         self._prompt_tokens += len(prompt_ids)
         return request_id
 
@@ -189,6 +193,8 @@ class Engine:
         """Schedule, run, sample, post-process: one token for every request that was computed to its end."""
         self._state.now = time.monotonic()
         plan = schedule(self._state)
+        if self._journal and (plan.chunks or plan.expired):
+            self._journal.plan(self._state.now, plan)
         self._preemptions += len(plan.preempted)
         late = [self._live.pop(request_id).fail("its time was up") for request_id in plan.expired]
         if not plan.chunks:
@@ -212,6 +218,8 @@ class Engine:
         if live is None:
             return
         self._state.drop(live.request)
+        if self._journal:
+            self._journal.drop(request_id)
 
     def has_work(self) -> bool:
         """Whether any request is running or waiting."""
@@ -253,6 +261,14 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forget what earlier requests left in the cache."""
         self._state.blocks.forget()
+        if self._journal:
+            self._journal.forget()
+
+    def record(self, path: Path) -> None:
+        """Log what the scheduler is given and what it plans from now on, for `replay`. Only while nothing runs."""
+        assert not self._live, "a log begins with an empty engine"
+        self.reset_prefix_cache()
+        self._journal = Journal.open(path, self._state)
 
     def check_integrity(self) -> None:
         """Assert the invariants of scheduler and blocks; meant for idle moments and tests."""
@@ -266,6 +282,8 @@ class Engine:
     def close(self) -> None:
         """Drop every request and let go of the cache."""
         self.abort_all()
+        if self._journal:
+            self._journal.close()
         release_cache(self._layers)
 
     def _score_prompts(self, chunks: Sequence[Chunk], logits: Tensor) -> tuple[list[Live], Tensor]:
@@ -290,6 +308,10 @@ class Engine:
         if len(output.token_ids) <= 1:
             self._queries += request.num_prompt if self.batching.enable_prefix_caching else 0
             self._hits += request.num_hit or 0
+        if self._journal and not output.error:
+            self._journal.take(request.request_id, request.token_ids[-1], output.finished)
+        elif self._journal:
+            self._journal.drop(request.request_id)
         if output.finished:
             # What a failure computed is not to be found by others.
             (self._state.release if output.error else self._state.finish)(request)

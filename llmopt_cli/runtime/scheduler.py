@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmopt_cli.runtime.request import Request
-from llmopt_cli.runtime.state import DECAY, EXPECTED_AT_LEAST, SchedulerState
+from llmopt_cli.runtime.state import SchedulerState
 from llmopt_cli.spec.recipe import Batching
 
-__all__ = ["Chunk", "Plan", "SchedulerState", "schedule"]
+__all__ = ["Chunk", "Plan", "SchedulerState", "has_seat", "schedule"]
 
 SCORED_ROWS = 256  # of logits for prompts in one step: more would be a spike of the vocabulary's size times the budget
 
@@ -65,7 +65,7 @@ def schedule(state: SchedulerState) -> Plan:
             chunks.append(left.spend(request, length))
             planned.add(request.request_id)
     if not preempted:
-        state.expected = min(state.expected, max(EXPECTED_AT_LEAST, state.expected - DECAY))
+        state.relax()
         chunks += _admit(state, left)
     return Plan(tuple(chunks), tuple(preempted), tuple(request.request_id for request in expired))
 
@@ -104,7 +104,7 @@ def _admit(state: SchedulerState, left: _Left) -> list[Chunk]:
     """
     chunks: list[Chunk] = []
     passed: list[Request] = []
-    while state.waiting and _has_seat(state):
+    while state.waiting and has_seat(state):
         if not left.tokens:
             break
         request = state.waiting[0]
@@ -131,7 +131,7 @@ def _admit(state: SchedulerState, left: _Left) -> list[Chunk]:
     return chunks
 
 
-def _has_seat(state: SchedulerState) -> bool:
+def has_seat(state: SchedulerState) -> bool:
     """Whether one more request may run: a static batch is filled once, then runs until its last request has ended."""
     mode = state.limits.batching_mode
     if mode == "static" and not state.filling:

@@ -102,6 +102,13 @@ class SchedulerState:
             self.waiting.appendleft(victim)
         return victim
 
+    def relax(self, steps: int = 1) -> None:
+        """So many steps went by in which nobody had to be preempted: expect a little less of those who run."""
+        for _ in range(steps):
+            if self.expected <= EXPECTED_AT_LEAST:
+                break
+            self.expected = max(EXPECTED_AT_LEAST, self.expected - DECAY)
+
     def expected_growth(self) -> int:
         """Blocks that the running requests are expected to take beside those they hold; one each at least."""
         size = self.limits.block_size

@@ -44,6 +44,8 @@ def run(
         from llmopt_cli.runtime import AsyncEngine, Engine  # torch: not before the port is known to be free
 
         engine = Engine.from_recipe(recipe, trust_remote_code)
+        if settings.schedule_log:
+            engine.record(settings.schedule_log)
         service = Service(AsyncEngine(engine), settings)
         announce(engine.startup_report() | {"url": _url(listener)})
         Server(service).run(sockets=[listener])

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmopt_cli.errors import CapacityError, UsageError
@@ -36,6 +37,7 @@ class Settings:
     api_key: str | None = None
     max_num_queued_reqs: int = 512
     shutdown_timeout: float = 30.0
+    schedule_log: Path | None = None
 
 
 def retry_after(ends: Sequence[float]) -> int:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from llmopt_cli.errors import UsageError
 from llmopt_cli.spec.yaml_file import find_yaml, read_yaml, recipes_folder
+
+
+MODES = ("continuous", "static", "none")
+POLICIES = ("fcfs", "priority")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,8 @@ class Batching:
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
-    batching_mode: Literal["continuous", "static", "none"] = "continuous"
-    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    batching_mode: str = MODES[0]
+    scheduling_policy: str = POLICIES[0]
     long_prefill_token_threshold: int = 0
 
     def __post_init__(self) -> None:
@@ -40,6 +44,9 @@ class Batching:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        for name, known in (("batching_mode", MODES), ("scheduling_policy", POLICIES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)}")
         if self.max_num_seqs > self.max_num_batched_tokens:
             # Every running request needs a token of the budget in every step, or decoding starves.
             raise ValueError(
