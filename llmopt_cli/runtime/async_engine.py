@@ -15,6 +15,7 @@ from typing import Self
 
 from llmopt_cli.errors import LlmoptError, ServerError, UsageError
 from llmopt_cli.runtime.engine import Engine
+from llmopt_cli.runtime.grammar import Constraint
 from llmopt_cli.runtime.request import RequestOutput, SamplingParams
 
 
@@ -100,7 +101,12 @@ class AsyncEngine:
         if request_id in self._mailboxes:
             raise UsageError(f"request id `{request_id}` is already running")
         mailbox = self._mailboxes[request_id] = _Mailbox()
-        self._send(lambda: self._add(mailbox, prompt_ids, params, request_id))
+        try:
+            constraint = await asyncio.to_thread(self.engine.compile, params) if params.grammar else None
+        except BaseException:
+            del self._mailboxes[request_id]
+            raise
+        self._send(lambda: self._add(mailbox, prompt_ids, params, request_id, constraint))
         finished = False
         try:
             while not finished:
@@ -120,11 +126,18 @@ class AsyncEngine:
             self._commands.append(command)
             self._wake.notify()
 
-    def _add(self, mailbox: _Mailbox, prompt_ids: Sequence[int], params: SamplingParams, request_id: str) -> None:
+    def _add(
+        self,
+        mailbox: _Mailbox,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        request_id: str,
+        constraint: Constraint | None,
+    ) -> None:
         """On the thread: a refusal is the business of one reader, not the end of the engine."""
         assert self._loop is not None
         try:
-            self.engine.add_request(prompt_ids, params, request_id)
+            self.engine.add_request(prompt_ids, params, request_id, constraint)
         except LlmoptError as refusal:
             self._loop.call_soon_threadsafe(mailbox.refuse, refusal)
 

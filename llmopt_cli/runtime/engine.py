@@ -10,8 +10,9 @@ import itertools
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import torch
@@ -22,34 +23,17 @@ from llmopt_cli.model.attention import paged_layers
 from llmopt_cli.model.load import LoadedModel, load_model
 from llmopt_cli.output import Report
 from llmopt_cli.runtime.blocks import BlockPool
+from llmopt_cli.runtime.grammar import Constraint, GrammarCompiler
 from llmopt_cli.runtime.journal import Journal
 from llmopt_cli.runtime.kv_cache import cache_dtype, hang_cache, release_cache, size_cache
 from llmopt_cli.runtime.live import Live, next_tokens
 from llmopt_cli.runtime.request import Request, RequestOutput, SamplingParams
 from llmopt_cli.runtime.runner import ModelRunner
 from llmopt_cli.runtime.scheduler import Chunk, SchedulerState, schedule
+from llmopt_cli.runtime.stats import EngineStats
 from llmopt_cli.runtime.tokenizer import Tokenizer
 from llmopt_cli.spec.checkpoint import Checkpoint
 from llmopt_cli.spec.recipe import Batching, Recipe
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A moment's load and the totals since start. `kv_cache_usage` is the held share of blocks, 0..1.
-
-    `prefix_cache_queries` are prompt tokens looked up in the prefix cache, `prefix_cache_hits` those found.
-    """
-
-    num_running: int
-    num_waiting: int
-    kv_cache_usage: float
-    num_blocks: int
-    block_size: int
-    num_preemptions: int
-    prompt_tokens: int
-    generation_tokens: int
-    prefix_cache_queries: int
-    prefix_cache_hits: int
 
 
 class Engine:
@@ -84,6 +68,8 @@ class Engine:
         self._seed = os.urandom(16)  # so that nobody can make up prompts whose hashes meet
         self._live: dict[str, Live] = {}
         self._journal: Journal | None = None
+        self._compiler: GrammarCompiler | None = None
+        self._compiling = Lock()
         self._ids = itertools.count()
         self._preemptions = self._prompt_tokens = self._generation_tokens = self._queries = self._hits = 0
 
@@ -165,9 +151,29 @@ class Engine:
         if strange is not None:
             raise UsageError(f"token id {strange} is outside the vocabulary of {vocabulary:,}")
 
-    def add_request(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None) -> str:
-        """Queue a request; returns its id. Raises what `check` raises."""
+    def compile(self, params: SamplingParams) -> Constraint | None:
+        """What its grammar makes of a request, if it has one; UsageError if it is wrong. May take long: any thread."""
+        if params.grammar is None:
+            return None
+        with self._compiling:
+            if self._compiler is None:
+                tokenizer, vocab_size = self.tokenizer, self.checkpoint.spec.vocab_size
+                self._compiler = GrammarCompiler(tokenizer.backend, vocab_size, tokenizer.eos_ids)
+        return self._compiler.compile(params.grammar)
+
+    def add_request(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        constraint: Constraint | None = None,
+    ) -> str:
+        """Queue a request; returns its id. Raises what `check` and `compile` raise.
+
+        `constraint` is what `compile` made of it, if that was done already.
+        """
         self.check(prompt_ids, params)
+        constraint = constraint or self.compile(params)
         request_id = request_id or f"request-{next(self._ids)}"
         if request_id in self._live:
             raise UsageError(f"request id `{request_id}` is already running")
@@ -182,7 +188,7 @@ class Engine:
             priority=params.priority,
             deadline=deadline,
         )
-        self._live[request_id] = Live.start(request, self.tokenizer, self.max_model_len)
+        self._live[request_id] = Live.start(request, self.tokenizer, self.max_model_len, constraint)
         self._state.add(request)
         if self._journal:
             self._journal.add(request)

@@ -13,7 +13,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from llmopt_cli.runtime.logits import History, shape
+from llmopt_cli.runtime.grammar import Constraint
+from llmopt_cli.runtime.logits import NEVER, History, shape
 from llmopt_cli.runtime.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 from llmopt_cli.runtime.sampler import sample, top_logprobs
 from llmopt_cli.runtime.tokenizer import TextStream, Tokenizer
@@ -30,17 +31,22 @@ class Live:
     stream: Random
     history: History
     max_model_len: int
+    constraint: Constraint | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     shown: int = 0  # characters already handed out
 
     @classmethod
-    def start(cls, request: Request, tokenizer: Tokenizer, max_model_len: int) -> Self:
+    def start(
+        cls, request: Request, tokenizer: Tokenizer, max_model_len: int, constraint: Constraint | None = None
+    ) -> Self:
         """A request that has generated nothing yet."""
         params, prompt = request.params, request.token_ids
         ends = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *sorted(tokenizer.eos_ids))
         history = History(set(prompt) if params.repetition_penalty != 1 else set(), ends)
-        return cls(request, TextStream(tokenizer, prompt, params.stop), Random(params.seed), history, max_model_len)
+        return cls(
+            request, TextStream(tokenizer, prompt, params.stop), Random(params.seed), history, max_model_len, constraint
+        )
 
     @property
     def params(self) -> SamplingParams:
@@ -51,7 +57,8 @@ class Live:
         """One more token: text, end, output."""
         self.request.token_ids.append(token)
         self.history.add(token)
-        self.request.finish_reason = self._reason_to_stop(token)
+        complete = self.constraint is not None and self.constraint.accept(token)
+        self.request.finish_reason = self._reason_to_stop(token) or (FinishReason.STOP if complete else None)
         return self.output(1)
 
     def fail(self, error: str) -> RequestOutput:
@@ -111,19 +118,33 @@ def next_tokens(ready: Sequence[Live], logits: Tensor) -> list[RequestOutput]:
     if not ready:
         return []
     raw, params = logits, [live.params for live in ready]
-    shaped = [row for row, one in enumerate(params) if one.shapes_logits]
-    if shaped:
-        part = logits[shaped]
-        shape(part, [params[row] for row in shaped], [ready[row].history for row in shaped])
-        logits = logits.index_copy(0, torch.tensor(shaped, device=logits.device), part)
+    logits, wrong = _shaped(ready, logits)
     tokens = sample(logits, params, [live.stream for live in ready])
     wanted = [row for row, one in enumerate(params) if one.logprobs is not None]
     if wanted:
         counts = [params[row].logprobs or 0 for row in wanted]
         for row, found in zip(wanted, top_logprobs(raw[wanted], [tokens[row] for row in wanted], counts), strict=True):
             ready[row].logprobs.append(found)
-    numbers = raw.amax(-1).isfinite().tolist()  # the maximum of a row that holds a NaN is NaN
+    for row, fine in enumerate(raw.amax(-1).isfinite().tolist()):  # the maximum of a row that holds a NaN is NaN
+        if not fine:
+            wrong[row] = NOT_NUMBERS
     return [
-        live.take(token) if fine else live.fail(NOT_NUMBERS)
-        for live, token, fine in zip(ready, tokens, numbers, strict=True)
+        live.fail(wrong[row]) if row in wrong else live.take(token)
+        for row, (live, token) in enumerate(zip(ready, tokens, strict=True))
     ]
+
+
+def _shaped(ready: Sequence[Live], logits: Tensor) -> tuple[Tensor, dict[int, str]]:
+    """The logits after bias, penalties and grammars, and what went wrong in which row."""
+    rows = [row for row, live in enumerate(ready) if live.params.shapes_logits or live.constraint]
+    if not rows:
+        return logits, {}
+    part = logits[rows]
+    shape(part, [ready[row].params for row in rows], [ready[row].history for row in rows])
+    wrong = {}
+    for place, row in enumerate(rows):
+        constraint = ready[row].constraint
+        problem = constraint.mask(part[place]) if constraint else None
+        if problem or bool(part[place].amax() == NEVER):
+            wrong[row] = problem or "its parameters leave no token that may come"
+    return logits.index_copy(0, torch.tensor(rows, device=logits.device), part), wrong

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 from llmopt_cli.errors import UsageError
 
@@ -31,6 +32,16 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like: `text` is a JSON schema, a regular expression, a JSON list of texts, or a grammar
+    in llguidance's dialect of Lark.
+    """
+
+    kind: Literal["json schema", "regex", "choice", "grammar"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens. `temperature=0` is greedy; `top_k=0`, `top_p=1`, `min_p=0`, `typical_p=1` keep everything.
 
@@ -42,7 +53,8 @@ class SamplingParams:
     that ends the text can come. `logprobs` and `prompt_logprobs` ask for that many likeliest tokens at each position,
     as the model has them before all this; None asks for none.
 
-    A lower `priority` is served first where priorities count; after `max_seconds` the request fails as it is.
+    With a `grammar`, only tokens come that can still lead to what it describes. Where priorities count, a lower
+    `priority` is served first; after `max_seconds` the request fails as it is.
     """
 
     max_tokens: int = 128
@@ -66,6 +78,7 @@ class SamplingParams:
     cache_salt: str = ""
     priority: int = 0
     max_seconds: float | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():

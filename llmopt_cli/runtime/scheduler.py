@@ -187,5 +187,6 @@ def _make_room(state: SchedulerState, request: Request, length: int, preempted: 
         preempted.append(victim.request_id)
         if victim is request:
             return False
-    request.blocks.extend(state.blocks.allocate(max(missing, 0)))
+    if missing > 0:
+        request.blocks.extend(state.blocks.allocate(missing))
     return True

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from llmopt_cli.runtime.request import FinishReason, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
-    from llmopt_cli.runtime.engine import EngineStats
+    from llmopt_cli.runtime.stats import EngineStats
 
 PREFIXES = ("llmopt:", "vllm:")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -10,6 +10,7 @@ import pytest
 
 from llmopt_cli.errors import CapacityError, ServerError, UsageError
 from llmopt_cli.runtime import AsyncEngine, Engine, RequestOutput, SamplingParams
+from llmopt_cli.runtime.grammar import Constraint
 from llmopt_cli.spec.recipe import Batching
 
 
@@ -106,10 +107,12 @@ def test_a_request_id_in_use_is_refused_and_harms_nobody(engine: Engine) -> None
 def test_a_refusal_on_the_thread_reaches_only_its_own_stream(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     add = engine.add_request
 
-    def picky(prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None) -> str:
-        if request_id == "odd":
+    def picky(
+        ids: Sequence[int], params: SamplingParams, name: str | None = None, rule: Constraint | None = None
+    ) -> str:
+        if name == "odd":
             raise UsageError("not this one")
-        return add(prompt_ids, params, request_id)
+        return add(ids, params, name, rule)
 
     async def work() -> None:
         monkeypatch.setattr(engine, "add_request", picky)
