@@ -4,10 +4,13 @@ LlmoptError                 exit 1: the work failed
 ├── UsageError              exit 2: the request itself is wrong
 │   ├── UnknownNameError    a name that is not in its catalogue; lists the nearest
 │   │   └── AmbiguousNameError  a name that several of its entries answer to; lists them
-│   └── ConfigFileError     a YAML file with an unknown key or a wrong value
+│   ├── ConfigFileError     a YAML file with an unknown key or a wrong value
+│   └── TraceError          a file of recorded requests that is none
 ├── CheckpointError         a model on disk that cannot be used
 ├── ModelError              an architecture or layer that the runtime does not honour
 ├── CapacityError           memory, context or blocks do not suffice
+├── QualityError            a result that is worse than was asked for
+├── InterruptedWorkError    stopped by the user; what was done is kept
 └── ServerError             an HTTP peer or socket that failed
 
 Bugs of our own are `assert`s and never pass through here.
@@ -58,6 +61,10 @@ class ConfigFileError(UsageError):
     """A YAML file that does not follow its schema; the message names key, file and line."""
 
 
+class TraceError(UsageError):
+    """A file of recorded requests that can't be read or is of no known format; the message names the line."""
+
+
 class CheckpointError(LlmoptError):
     """A model folder that is missing, incomplete, damaged or in a refused format."""
 
@@ -68,6 +75,16 @@ class ModelError(LlmoptError):
 
 class CapacityError(LlmoptError):
     """Memory, context length or KV blocks do not suffice for what was asked."""
+
+
+class QualityError(LlmoptError):
+    """A result that is measurably worse than what was asked for."""
+
+
+class InterruptedWorkError(LlmoptError):
+    """Work that the user stopped and that can be resumed."""
+
+    exit_code = 130
 
 
 class ServerError(LlmoptError):

@@ -17,7 +17,7 @@ ALLOWED = {  # package -> packages it may import, beside itself and the errors
     "model": {"spec", "llmopt_kernels"},
     "quant": {"model", "spec", "llmopt_kernels"},
     "runtime": {"model", "spec", "llmopt_kernels", "estimate.memory"},
-    "estimate": {"spec", "runtime.request", "runtime.scheduler", "runtime.blocks"},
+    "estimate": {"spec", "runtime.request", "runtime.scheduler", "runtime.state", "runtime.blocks"},
     "bench": {"runtime", "estimate", "model", "spec"},
     "server": {"runtime", "estimate", "model", "spec"},
     "views": {"estimate", "spec"},

@@ -1,68 +1,329 @@
-"""`llmopt estimate`: does a model fit on a GPU, how fast, for how much. Parses and renders; the core plans."""
+"""`llmopt estimate`: does a model fit, how fast, for how much, what would help. Parses and renders; the core plans."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmopt_cli.options import JsonOpt, MaxModelLenOpt, RecipeOpt
+from llmopt_cli.errors import UsageError
+from llmopt_cli.options import JsonOpt, MaxBatchedTokensOpt, MaxModelLenOpt, RecipeOpt
 from llmopt_cli.output import Output
+
+if TYPE_CHECKING:
+    from llmopt_cli.estimate.load import Load
+    from llmopt_cli.estimate.plan import Plan
+    from llmopt_cli.estimate.question import Question
+    from llmopt_cli.spec.recipe import Recipe
+    from llmopt_cli.spec.workload import Slo, Workload
+
+Given = dict[str, Any]  # the command's parameters by name
+
+QUESTION, TIME, MONEY, VIEWS, PROOF = "What is asked", "The load", "Money", "Other answers", "How good it is"
+
+
+def _option(panel: str, *names: str, text: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
 
 ModelOpt = Annotated[
     str | None,
-    typer.Option(
-        "--model", help="A name (`70b`, `qwen3-32b`: see `llmopt models`), a folder, a config.json or `demo`."
-    ),
+    _option(QUESTION, "--model", text="`70b`, `qwen3-32b` (see `llmopt models`), a folder, a config.json or `demo`."),
 ]
 GpuOpt = Annotated[
-    str | None, typer.Option("--gpu", help="NAME or NAMExN: `a100`, `h100x4`. All of them: `llmopt gpus`.")
+    str | None,
+    _option(QUESTION, "--gpu", text="NAME or NAMExN: `a100`, `h100x4` (see `llmopt gpus`), a YAML file, or `host`."),
 ]
 SchemeOpt = Annotated[
-    str | None, typer.Option("--scheme", help="Precision of the weights: bf16 (default), int8, fp8, awq, gptq, ...")
+    str | None, _option(QUESTION, "--scheme", text="Precision of the weights: bf16 (default), fp8, int8, awq, ...")
 ]
-ConcurrencyOpt = Annotated[int, typer.Option("--concurrency", min=1, help="Requests at the same time.")]
-InputLenOpt = Annotated[int, typer.Option("--input-len", min=1, help="Prompt tokens of a request.")]
-OutputLenOpt = Annotated[int, typer.Option("--output-len", min=1, help="Generated tokens of a request.")]
-SeqsOpt = Annotated[
-    int | None, typer.Option("--max-num-seqs", min=1, help="Most requests in one batch; 256 as vLLM has it.")
+KvDtypeOpt = Annotated[str | None, _option(QUESTION, "--kv-cache-dtype", text="`auto`, `fp8`, `int8` or `int4`.")]
+EngineOpt = Annotated[
+    str | None, _option(QUESTION, "--engine", text="vllm (default), sglang, trtllm, llamacpp or llmopt.")
 ]
 TpOpt = Annotated[
     int | None,
-    typer.Option("--tp", "--tensor-parallel-size", min=1, help="GPUs to share the model; by default all are weighed."),
+    _option(
+        QUESTION, "--tp", "--tensor-parallel-size", min=1, text="GPUs to share every layer; by default all are weighed."
+    ),
+]
+PpOpt = Annotated[
+    int | None, _option(QUESTION, "--pp", "--pipeline-parallel-size", min=1, text="Stages to cut the layers into.")
+]
+SeqsOpt = Annotated[int | None, _option(QUESTION, "--max-num-seqs", min=1, text="Most requests in one batch.")]
+DraftOpt = Annotated[str | None, _option(QUESTION, "--draft-model", text="Speculate with this model as the draft.")]
+DraftTokensOpt = Annotated[
+    int | None, _option(QUESTION, "--num-speculative-tokens", min=1, text="Tokens to draft at a time; 4.")
+]
+AcceptanceOpt = Annotated[
+    float | None, _option(QUESTION, "--acceptance", min=0, max=1, text="Chance that a drafted token is accepted; 0.7.")
+]
+ConcurrencyOpt = Annotated[int | None, _option(TIME, "--concurrency", min=1, text="Requests at the same time; 32.")]
+InputLenOpt = Annotated[int | None, _option(TIME, "--input-len", min=1, text="Prompt tokens of a request; 1024.")]
+OutputLenOpt = Annotated[int | None, _option(TIME, "--output-len", min=1, text="Generated tokens of a request; 256.")]
+WorkloadOpt = Annotated[
+    Path | None, _option(TIME, "--workload", text="Lengths and arrivals: a name (`chat`), a YAML file or a trace.")
+]
+PrefixOpt = Annotated[
+    float | None, _option(TIME, "--prefix-hit", min=0, max=1, text="Part of every prompt found in the prefix cache.")
+]
+SloOpt = Annotated[
+    str | None, _option(TIME, "--slo", text="What a good request may take: `ttft=500ms,tpot=50ms`, or a name: `chat`.")
 ]
 PriceOpt = Annotated[
-    float | None, typer.Option("--gpu-price", min=0, help="USD an hour for one GPU, instead of the catalogue's.")
+    float | None, _option(MONEY, "--gpu-price", min=0, text="USD an hour for one GPU, instead of the catalogue's.")
+]
+SpotOpt = Annotated[float | None, _option(MONEY, "--spot-price", min=0, text="USD an hour for one spot GPU.")]
+ApiOpt = Annotated[
+    str | None, _option(MONEY, "--api-price", text="IN,OUT: what an API takes for 1M tokens; shows the break-even.")
+]
+DayOpt = Annotated[float | None, _option(MONEY, "--requests-per-day", min=1, text="Shows a day's cost and idle share.")]
+CompareOpt = Annotated[
+    bool, _option(VIEWS, "--compare", text="Rank GPUs x precisions x splits; without --gpu, all of the catalogue.")
+]
+TopOpt = Annotated[int, _option(VIEWS, "--top", min=1, text="Rows of --compare.")]
+PlotOpt = Annotated[
+    Path | None, _option(VIEWS, "--plot", text="Draw the frontier of --compare into a .png or .html file.")
+]
+ParetoOpt = Annotated[
+    str, _option(VIEWS, "--pareto", text="What --compare trades speed for: `throughput` of a GPU, or `cost`.")
+]
+LadderOpt = Annotated[
+    bool, _option(VIEWS, "--ladder", text="What batching, precision, speculation and prefixes add up to.")
+]
+SimulateOpt = Annotated[
+    bool, _option(VIEWS, "--simulate", text="Play the workload request by request: percentiles and goodput.")
+]
+ReplicasOpt = Annotated[int, _option(VIEWS, "--replicas", min=1, text="Engines that share the load of --simulate.")]
+ValidateOpt = Annotated[
+    Path | None, _option(PROOF, "--validate", text="Replay published measurements (CSV) and print the errors.")
+]
+CalibrateOpt = Annotated[
+    Path | None, _option(PROOF, "--calibrate", text="Learn this machine's constants from a results folder.")
+]
+RecipeOutOpt = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Write the recommended deployment as a recipe in YAML.")
 ]
 
 
 def estimate(
+    context: typer.Context,
     model: ModelOpt = None,
     gpu: GpuOpt = None,
     scheme: SchemeOpt = None,
-    concurrency: ConcurrencyOpt = 32,
-    input_len: InputLenOpt = 1024,
-    output_len: OutputLenOpt = 256,
+    kv_cache_dtype: KvDtypeOpt = None,
+    engine: EngineOpt = None,
+    tp: TpOpt = None,
+    pp: PpOpt = None,
     max_model_len: MaxModelLenOpt = None,
     max_num_seqs: SeqsOpt = None,
-    tp: TpOpt = None,
+    max_num_batched_tokens: MaxBatchedTokensOpt = None,
+    draft_model: DraftOpt = None,
+    num_speculative_tokens: DraftTokensOpt = None,
+    acceptance: AcceptanceOpt = None,
+    concurrency: ConcurrencyOpt = None,
+    input_len: InputLenOpt = None,
+    output_len: OutputLenOpt = None,
+    workload: WorkloadOpt = None,
+    prefix_hit: PrefixOpt = None,
+    slo: SloOpt = None,
     gpu_price: PriceOpt = None,
+    spot_price: SpotOpt = None,
+    api_price: ApiOpt = None,
+    requests_per_day: DayOpt = None,
+    compare: CompareOpt = False,
+    top: TopOpt = 20,
+    plot: PlotOpt = None,
+    pareto: ParetoOpt = "throughput",
+    ladder: LadderOpt = False,
+    simulate: SimulateOpt = False,
+    replicas: ReplicasOpt = 1,
+    validate: ValidateOpt = None,
+    calibrate: CalibrateOpt = None,
+    output: RecipeOutOpt = None,
     recipe: RecipeOpt = None,
     json: JsonOpt = False,
 ) -> None:
     """Does a model fit on a GPU, how fast is it there, and what does a token cost? Nothing is downloaded or run."""
-    from llmopt_cli.estimate import deployment, plan
-    from llmopt_cli.estimate.load import Load
+    given = context.params
+    asked = [name for name in ANSWERS if given[name]]
+    if len(asked) > 1:
+        raise UsageError(f"--{asked[0]} and --{asked[1]} are two questions", "ask one at a time")
+    (ANSWERS[asked[0]] if asked else _plan)(Output(as_json=json), given)
+
+
+def _plan(out: Output, given: Given) -> None:
+    from llmopt_cli.estimate import advice, bill, limits, plan, precision
+    from llmopt_cli.estimate.cost import ApiPrice
     from llmopt_cli.views import plan as view
 
-    wanted = deployment.wanted(
-        recipe,
-        model=model,
-        gpu=gpu,
-        scheme=scheme,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        tensor_parallel_size=tp,
+    wanted, slo = _recipe(given), _slo(given)
+    found = plan.answer(_question(given, wanted))
+    fit = found.recommended or found.fits[-1]
+    if given["output"]:
+        _write(out, given, found, wanted)
+    money = bill.bill(
+        found,
+        slo,
+        requests_per_day=given["requests_per_day"],
+        spot_price=given["spot_price"],
+        api=ApiPrice.parse(given["api_price"]) if given["api_price"] else None,
     )
-    found = plan.answer(plan.ask(wanted, Load.fixed(concurrency, input_len, output_len), gpu_price))
-    Output(as_json=json).result(view.data(found, wanted), lambda: view.render(found, wanted))
+    whole = view.Whole(
+        plan=found,
+        wanted=wanted,
+        limits=limits.find_limits(fit.on, found.question.load),
+        advice=advice.advise(found, slo),
+        speedups=precision.speedups(fit.on, found.question.load),
+        bill=money,
+        detailed=any(given[name] for name in ("slo", "spot_price", "api_price", "requests_per_day")),
+    )
+    out.result(view.data(whole), lambda: view.render(whole))
+
+
+def _write(out: Output, given: Given, found: Plan, wanted: Recipe) -> None:
+    from llmopt_cli.estimate import plan
+
+    plan.chosen(found, wanted).write(given["output"], plan.title(found))
+    out.note(f"written: {given['output']}")
+
+
+def _compare(out: Output, given: Given) -> None:
+    from llmopt_cli.estimate import compare, pareto
+    from llmopt_cli.views import compare as view
+    from llmopt_cli.views import pareto as picture_view
+    from llmopt_cli.views import plot
+
+    wanted = _recipe(given)
+    if given["pareto"] not in ("throughput", "cost"):
+        raise UsageError(f"--pareto `{given['pareto']}` is neither `throughput` nor `cost`")
+    found = compare.compare(wanted, _load(given, wanted), _slo(given), given["gpu_price"])
+    picture = pareto.picture(found, given["pareto"]) if found.offers else None
+    if given["plot"] and picture:
+        plot.save(picture, given["plot"], f"{wanted.model}, {given['pareto']}")
+        out.note(f"drawn: {given['plot']}")
+    data = view.data(found, given["top"]) | {"pareto": picture_view.data(picture) if picture else None}
+    drawn = picture_view.render(picture) if picture else []
+    out.result(data, lambda: [*view.render(found, given["top"]), *drawn])
+
+
+def _ladder(out: Output, given: Given) -> None:
+    from llmopt_cli.estimate import ladder
+    from llmopt_cli.views import ladder as view
+
+    found = ladder.ladder(_question(given, _recipe(given)))
+    out.result(view.data(found), lambda: view.render(found))
+
+
+def _simulate(out: Output, given: Given) -> None:
+    from dataclasses import replace
+
+    from llmopt_cli.estimate import plan, simulate
+    from llmopt_cli.views import simulation as view
+
+    wanted = _recipe(given)
+    question = _question(given, wanted)
+    fit = plan.recommend(question)
+    if fit is None:
+        raise UsageError("nothing fits, so there is nothing to simulate", "ask without --simulate for what would help")
+    traffic = simulate.enough(replace(_workload(given), slo=_slo(given)))
+    hourly = question.price.usd_per_hour * fit.gpus if question.price else None
+    found = simulate.simulate(fit.on, traffic, given["replicas"], hourly)
+    out.result(view.data(found), lambda: view.render(found))
+
+
+def _validate(out: Output, given: Given) -> None:
+    from llmopt_cli.estimate.validate import validate
+    from llmopt_cli.views import validation as view
+
+    found = validate(given["validate"])
+    out.result(view.data(found), lambda: view.render(found))
+
+
+def _calibrate(out: Output, given: Given) -> None:
+    from llmopt_cli.estimate.calibrate import calibrate
+    from llmopt_cli.views import calibration as view
+
+    found = calibrate(given["calibrate"])
+    out.result(view.data(found), lambda: view.render(found))
+
+
+ANSWERS: dict[str, Callable[[Output, Given], None]] = {
+    "validate": _validate,
+    "calibrate": _calibrate,
+    "simulate": _simulate,
+    "compare": _compare,
+    "ladder": _ladder,
+}
+
+
+def _recipe(given: Given) -> Recipe:
+    """The deployment that flags and recipe ask for."""
+    from llmopt_cli.estimate import deployment
+
+    flags = ("model", "gpu", "scheme", "kv_cache_dtype", "engine", "max_model_len")
+    return deployment.wanted(
+        given["recipe"],
+        **{name: given[name] for name in (*flags, "max_num_seqs", "max_num_batched_tokens")},
+        tensor_parallel_size=given["tp"],
+        pipeline_parallel_size=given["pp"],
+        speculation=_speculation(given),
+    )
+
+
+def _speculation(given: Given) -> Any:
+    from llmopt_cli.spec.recipe import Speculation
+
+    names = {"num_speculative_tokens", "acceptance"}
+    settings = {name: given[name] for name in names if given[name] is not None}
+    if given["draft_model"] is None:
+        if settings:
+            raise UsageError("there is nothing to speculate with", "add `--draft-model 1b`")
+        return None
+    return Speculation(given["draft_model"], **settings)
+
+
+def _question(given: Given, wanted: Recipe) -> Question:
+    """The deployment under its load, names resolved."""
+    from llmopt_cli.estimate import plan
+    from llmopt_cli.estimate.question import ask
+
+    traffic = _workload(given)
+    question = ask(wanted, _load(given, wanted), given["gpu_price"])
+    return question if traffic.arrivals.concurrency else plan.at_rate(question, traffic)
+
+
+def _load(given: Given, wanted: Recipe) -> Load:
+    from dataclasses import replace
+
+    from llmopt_cli.estimate.load import Load
+
+    load = Load.of(_workload(given), wanted.batching.max_model_len)
+    return load if given["prefix_hit"] is None else replace(load, cached_share=given["prefix_hit"])
+
+
+def _workload(given: Given) -> Workload:
+    """The traffic that is named, or requests that are all alike."""
+    from llmopt_cli.spec.workload import Arrivals, Lengths, Workload
+
+    lengths = [name for name in ("input_len", "output_len") if given[name] is not None]
+    if given["workload"] is None:
+        return Workload(
+            name="alike",
+            input_len=Lengths(mean=given["input_len"] or 1024),
+            output_len=Lengths(mean=given["output_len"] or 256),
+            arrivals=Arrivals(concurrency=given["concurrency"] or 32),
+            num_requests=1,
+        )
+    if lengths:
+        raise UsageError(f"--workload says the lengths already, so leave --{lengths[0].replace('_', '-')} out")
+    workload = Workload.read(given["workload"])
+    return workload.with_load(concurrency=given["concurrency"]) if given["concurrency"] else workload
+
+
+def _slo(given: Given) -> Slo:
+    from llmopt_cli.spec.workload import Slo
+
+    return Slo.parse(given["slo"]) if given["slo"] else _workload(given).slo

@@ -21,7 +21,10 @@ def gpus(json: JsonOpt = False) -> None:
 
     entries = catalog.gpus()
     data = [{**asdict(entry.item), "names": entry.names} for entry in entries]
-    caption = "Dense peaks of the datasheets; prices for one GPU and hour. Sources and notes: llmopt gpus --json"
+    caption = (
+        "Dense peaks of the datasheets; prices for one GPU and hour. Sources and notes: llmopt gpus --json\n"
+        "Any other: write its figures into a file and give `--gpu my.yaml`"
+    )
     Output(as_json=json).result(
         data, lambda: table(f"{len(entries)} accelerators", COLUMNS, [_row(entry.item) for entry in entries], caption)
     )

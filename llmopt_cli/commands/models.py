@@ -25,7 +25,10 @@ def models(json: JsonOpt = False) -> None:
         {**asdict(entry.item), "parameters": entry.item.num_params, "names": entry.names, "source": entry.source}
         for entry in entries
     ]
-    caption = "KV bytes of one token in 16 bits inside every window. Any other model: give its folder or config.json"
+    caption = (
+        "KV bytes of one token in 16 bits inside every window; what is left out of a model: llmopt models --json\n"
+        "Any other model: give its folder or config.json"
+    )
     Output(as_json=json).result(
         data, lambda: table(f"{len(entries)} models", COLUMNS, [_row(entry) for entry in entries], caption)
     )

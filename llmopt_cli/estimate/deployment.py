@@ -28,7 +28,11 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """`spec` in `scheme` on `tp` x `pp` GPUs of one kind under `engine`: every layer split in `tp`, layers in `pp`."""
+    """`spec` in `scheme` on `tp` x `pp` GPUs of one kind under `engine`: every layer split in `tp`, layers in `pp`.
+
+    With `attention_dp` above 1, only experts are split among all `tp`: as many groups of GPUs hold whole attention
+    layers, each for its own requests. With `expert_parallel`, GPUs hold whole experts, not a slice of each.
+    """
 
     spec: ModelSpec
     hardware: Hardware
@@ -39,6 +43,13 @@ class Deployment:
     kv: KvDtype = KV_16
     batching: Batching = field(default_factory=lambda: default_batching(VLLM))
     draft: Draft | None = None
+    attention_dp: int = 1
+    expert_parallel: bool = False
+
+    @property
+    def attention_tp(self) -> int:
+        """GPUs that share one layer's attention."""
+        return self.tp // self.attention_dp
 
     @property
     def gpus(self) -> int:

@@ -6,22 +6,24 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from llmopt_cli.errors import UsageError
-from llmopt_cli.estimate.constants import find_engine
+from llmopt_cli.errors import CapacityError
+from llmopt_cli.estimate import bands, host
+from llmopt_cli.estimate.bands import Band
 from llmopt_cli.estimate.cost import usd_per_tokens
-from llmopt_cli.estimate.deployment import Deployment, Draft
-from llmopt_cli.estimate.latency import Band, StepModel, tpot_band, ttft_band
+from llmopt_cli.estimate.deployment import Deployment
+from llmopt_cli.estimate.latency import StepModel
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.memory import Budget, budget, sequence_bytes
+from llmopt_cli.estimate.question import Question
 from llmopt_cli.estimate.rules import Comparison, side_by_side
-from llmopt_cli.spec.catalog import find_gpu, find_model
-from llmopt_cli.spec.hardware import GIB, Hardware
-from llmopt_cli.spec.model import ModelSpec
-from llmopt_cli.spec.recipe import Recipe, Speculation
-from llmopt_cli.spec.scheme import Scheme, find_kv_dtype, find_scheme
+from llmopt_cli.estimate.slo import keep_up
+from llmopt_cli.estimate.splits import Split
+from llmopt_cli.estimate.work import work
+from llmopt_cli.spec.hardware import GIB
+from llmopt_cli.spec.recipe import Recipe
+from llmopt_cli.spec.scheme import Scheme, find_scheme
+from llmopt_cli.spec.workload import Workload
 
-GPU_COUNTS = (1, 2, 4, 8)  # one server; tensor parallelism does not leave it
-CHECKED = frozenset(("H100-SXM5-80GB", "H200-SXM-141GB", "B200-SXM-180GB", "GB200-NVL72"))
 SMALLER = ("int8", "awq")  # the precisions to offer where fewer GPUs would do
 
 
@@ -59,40 +61,9 @@ class Speed:
     ttft: float
     ttft_band: Band | None
     tpot: float
-    tpot_band: Band
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Output tokens of all requests together."""
-        return self.batch / self.tpot
-
-
-@dataclass(frozen=True, slots=True)
-class Price:
-    """USD an hour for one GPU, and who says so."""
-
-    usd_per_hour: float
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked, names resolved: a deployment, of which the number of GPUs is open, under a load."""
-
-    base: Deployment
-    load: Load
-    gpu_counts: tuple[int, ...]
-    price: Price | None
-
-    @property
-    def needed(self) -> int:
-        """Requests that must be in memory at once."""
-        return min(self.load.concurrency, self.base.batching.max_num_seqs)
-
-    @property
-    def max_model_len(self) -> int:
-        """Tokens of the longest request that the engine is to accept."""
-        return self.base.batching.max_model_len or self.base.spec.max_context
+    tpot_band: Band | None
+    tokens_per_s: float
+    throughput_band: Band | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,49 +87,30 @@ class Plan:
         return usd_per_tokens(price.usd_per_hour * self.recommended.gpus, self.speed.tokens_per_s)
 
 
-def ask(recipe: Recipe, load: Load, gpu_price: float | None = None) -> Question:
-    """Resolve the names of a deployment; raises UsageError where it contradicts itself."""
-    if recipe.gpu is None:
-        raise UsageError("no accelerator given", "add `--gpu a100` or `--gpu h100x4`; all of them: `llmopt gpus`")
-    hardware, count = find_gpu(recipe.gpu)
-    base = Deployment(
-        spec=find_model(recipe.model),
-        hardware=hardware,
-        scheme=find_scheme(recipe.scheme or recipe.dtype),
-        pp=recipe.pipeline_parallel_size,
-        engine=find_engine(recipe.engine),
-        kv=find_kv_dtype(recipe.kv_cache_dtype),
-        batching=recipe.batching,
-        draft=_draft(recipe.speculation),
+def at_rate(question: Question, workload: Workload) -> Question:
+    """The same for requests that come at a rate: with as many at once as the fewest GPUs that keep up have under way.
+
+    Raises CapacityError if none do.
+    """
+    offsets = workload.offsets()
+    rate = len(offsets) / offsets[-1] if offsets[-1] else math.inf
+    for split in question.splits:
+        fit = weigh(question, split)
+        most = min(fit.max_requests, question.base.batching.max_num_seqs)
+        busy = keep_up(StepModel(fit.on), question.load, rate, most) if most else None
+        if busy:
+            return replace(question, load=busy)
+    most_gpus = max(tp * pp for tp, pp in question.splits)
+    raise CapacityError(
+        f"{rate:.3g} requests a second are more than {most_gpus} x {question.base.hardware.name} keep up with",
+        "see what does with `--compare --concurrency 64`, or ask for less",
     )
-    counts = _gpu_counts(base.spec, count, recipe.tensor_parallel_size)
-    question = Question(base, load, counts, _price(hardware, gpu_price))
-    _check_lengths(question)
-    return question
-
-
-def _draft(speculation: Speculation | None) -> Draft | None:
-    if speculation is None:
-        return None
-    return Draft(find_model(speculation.model), speculation.num_speculative_tokens, speculation.acceptance)
-
-
-def _check_lengths(question: Question) -> None:
-    spec, limit, load = question.base.spec, question.max_model_len, question.load
-    if limit > spec.max_context:
-        raise UsageError(f"--max-model-len {limit:,} is beyond the {spec.max_context:,} tokens of {spec.name}")
-    if load.longest > limit:
-        longest = max(load.sizes, key=sum)
-        raise UsageError(
-            f"input {longest.input_len:,} + output {longest.output_len:,} tokens exceed the context of {limit:,}",
-            f"for example `--input-len {limit * 3 // 4} --output-len {limit // 4}`",
-        )
 
 
 def answer(question: Question) -> Plan:
     """Weigh every GPU count, recommend the fewest GPUs that hold the load, and time it there."""
-    fits = tuple(_fit(question, gpus) for gpus in question.gpu_counts)
-    recommended = _recommend(fits)
+    fits = tuple(weigh(question, split) for split in question.splits)
+    recommended = _best(fits)
     shown = recommended or fits[-1]
     step = StepModel(shown.on)
     running = question.load.at(min(question.needed, shown.max_requests))
@@ -173,41 +125,13 @@ def answer(question: Question) -> Plan:
     )
 
 
-def _gpu_counts(spec: ModelSpec, count: int | None, tp: int | None) -> tuple[int, ...]:
-    """The counts to weigh: `tp` alone, or those up to `count`; only such as the heads can be shared out among."""
-    if tp and count and tp > count:
-        raise UsageError(f"--tp {tp} needs more than the {count} GPUs given")
-    most = count or GPU_COUNTS[-1]
-    wanted = [tp] if tp else sorted({gpus for gpus in GPU_COUNTS if gpus < most} | {most})
-    possible = tuple(gpus for gpus in wanted if _shares(spec, gpus))
-    if not possible:
-        heads = f"{spec.num_heads} heads and {spec.num_kv_heads} KV heads"
-        raise UsageError(
-            f"{heads} of {spec.name} cannot be shared out among {tp} GPUs", "leave --tp out to see which can"
-        )
-    return possible
-
-
-def _shares(spec: ModelSpec, gpus: int) -> bool:
-    """Each GPU gets as many heads, and as many KV heads or a copy of one."""
-    return spec.num_heads % gpus == 0 and (spec.num_kv_heads % gpus == 0 or gpus % spec.num_kv_heads == 0)
-
-
-def _price(hardware: Hardware, given: float | None) -> Price | None:
-    if given is not None:
-        if not math.isfinite(given):
-            raise UsageError(f"--gpu-price {given} is no price", "give USD an hour for one GPU, such as 2.5")
-        return Price(given, "--gpu-price")
-    if hardware.price_usd_hour is None:
-        return None
-    spread = f", range {hardware.price_range}" if hardware.price_range else ""
-    return Price(hardware.price_usd_hour, f"{hardware.price_source}{spread}")
-
-
-def _fit(question: Question, tp: int) -> Fit:
-    on, length = question.base.split(tp, question.base.pp), question.load.longest
+def weigh(question: Question, split: Split) -> Fit:
+    """The memory of the deployment cut in this way, and whether it holds the load."""
+    on, length = question.base.split(*split), question.load.length
     memory, sequence = budget(on), sequence_bytes(on, length)
     requests, tokens = max(0, int(memory.free / sequence)), max(0, int(memory.free / sequence * length))
+    if tokens < question.load.longest:
+        requests = 0  # the longest could never run
     verdict, reason = _verdict(question, memory, requests, tokens)
     return Fit(on, memory, tokens, requests, verdict, reason)
 
@@ -228,7 +152,12 @@ def _verdict(question: Question, memory: Budget, requests: int, tokens: int) -> 
     return Verdict.FITS, f"fits, {tokens:,} KV tokens"
 
 
-def _recommend(fits: tuple[Fit, ...]) -> Fit | None:
+def recommend(question: Question) -> Fit | None:
+    """What `answer` recommends, without timing it."""
+    return _best(tuple(weigh(question, split) for split in question.splits))
+
+
+def _best(fits: tuple[Fit, ...]) -> Fit | None:
     """The fewest GPUs that hold the load, else the most that hold a part of it."""
     whole = [fit for fit in fits if fit.verdict is Verdict.FITS]
     part = [fit for fit in fits if fit.verdict is Verdict.TIGHT]
@@ -242,7 +171,7 @@ def _smaller(question: Question, recommended: Fit | None) -> tuple[tuple[Scheme,
         if scheme.weight_bits >= question.base.scheme.weight_bits:
             continue
         other = replace(question, base=replace(question.base, scheme=scheme))
-        fits = (_fit(other, gpus) for gpus in question.gpu_counts)
+        fits = (weigh(other, split) for split in question.splits)
         best = next((fit for fit in fits if fit.verdict is Verdict.FITS), None)
         if best and (recommended is None or recommended.verdict is not Verdict.FITS or best.gpus < recommended.gpus):
             found.append((scheme, best))
@@ -254,10 +183,43 @@ def _speed(step: StepModel, load: Load) -> Speed:
         batch=load.concurrency,
         prefill=step.mean_prefill(load),
         ttft=step.ttft(load),
-        ttft_band=ttft_band(step.spec),
+        ttft_band=_band("ttft_ms", step.on),
         tpot=step.tpot(load),
-        tpot_band=tpot_band(step.spec),
+        tpot_band=_band("tpot_ms", step.on),
+        tokens_per_s=work(step, load).tokens_per_s,
+        throughput_band=_band("offline_tok_s", step.on),
     )
+
+
+def _band(figure: str, on: Deployment) -> Band | None:
+    """By the calibration of this machine, else by published runs."""
+    return host.band(figure, on) or bands.find(figure, on)
+
+
+def chosen(plan: Plan, wanted: Recipe) -> Recipe:
+    """The recipe of what is recommended, ready for an engine; raises CapacityError where nothing fits."""
+    fit, question = plan.recommended, plan.question
+    if fit is None:
+        raise CapacityError(
+            f"{question.base.spec.name} does not fit, so there is no recipe", "see above for what would help"
+        )
+    limit = min(question.max_model_len, fit.kv_tokens)
+    return replace(
+        wanted,
+        gpu=f"{question.base.hardware.name}x{fit.gpus}",
+        tensor_parallel_size=fit.on.tp,
+        pipeline_parallel_size=fit.on.pp,
+        batching=replace(wanted.batching, max_model_len=limit),
+    )
+
+
+def title(plan: Plan) -> str:
+    """A recipe's first line: what was asked, and what was expected of the answer."""
+    load, speed = plan.question.load, plan.speed
+    asked = f"{load.concurrency} requests at once, {load.input_len:,.0f} tokens in, {load.output_len:,.0f} out"
+    if speed is None:
+        return asked
+    return f"{asked}: TTFT {speed.ttft * 1e3:,.0f} ms, TPOT {speed.tpot * 1e3:,.1f} ms expected"
 
 
 def _caveats(question: Question, fit: Fit, batch: int) -> list[str]:
@@ -266,33 +228,18 @@ def _caveats(question: Question, fit: Fit, batch: int) -> list[str]:
     known = (
         (
             hardware.over_pcie and fit.gpus > 1,
-            "tensor parallelism over PCIe is slower than the closed form has it: on L40S, large all-reduces were "
-            "measured at 18.6, 2.5 and 1.1 GB/s on 2, 4 and 8 GPUs; one replica per GPU pays more",
+            "over PCIe no more than 2 GPUs share a layer, the others are stages: on L40S, large all-reduces were "
+            "measured at 20 GB/s on 2 GPUs, and at 1 to 9 on 4 and 8",
         ),
-        (fit.gpus >= 8, "on 8 GPUs the closed form was 16 % too fast for vLLM"),
         (
             0 < batch < question.load.concurrency,
             f"speed and cost are those of the {batch:,} requests that run at once; the others wait for a place, and "
             "TTFT leaves that wait out",
         ),
         (
-            batch > 0 and spec.experts is not None,
-            "the closed form's TTFT is unproven for experts: on 51 published runs under SGLang and TensorRT-LLM it was "
-            "60 % too short",
-        ),
-        (
             not scheme.weight_only and hardware.fp8_tflops is None,
             f"{hardware.name} has no FP8 tensor cores: weights are stored in FP8, products are 16-bit",
         ),
-        (
-            scheme.quantized and scheme.weight_only,
-            "weight-only precisions were checked for single requests; the cost of unpacking in large batches is not "
-            "counted (int4 AWQ on H200: 0.75-0.83x of bf16)",
-        ),
         (scheme.weight_bits > 16, "products of 32-bit weights are timed at the 16-bit rate"),
-        (
-            hardware.name not in CHECKED,
-            f"the error bands are those of H100, H200, B200 and GB200, not of {hardware.name}",
-        ),
     )
     return [f"{spec.name}: {reason}" for reason in spec.unmodelled] + [text for applies, text in known if applies]

@@ -16,12 +16,17 @@ from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.memory import (
     KV_BYTES,
     Budget,
+    Layout,
     covered_params,
     kv_sequence_bytes,
     kv_values_per_layer,
+    layout_of,
     sequence_bytes,
+    state_bytes,
+    weight_bytes,
 )
 from llmopt_cli.spec.hardware import GB
+from llmopt_cli.spec.model import ModelSpec
 
 OVERHEAD = (1.2, 1.3)  # activations and the rest: 20-30 % on top of weights and KV cache
 
@@ -67,7 +72,7 @@ class Comparison:
 
 def side_by_side(step: StepModel, budget: Budget, load: Load) -> list[Comparison]:
     """The rules for a load on the GPUs of `step`, each beside the exact figure for all of them together."""
-    spec, on, batch, length = step.spec, step.on, load.concurrency, load.longest
+    spec, on, batch, length = step.spec, step.on, load.concurrency, load.length
     weights = parameter_bytes(spec.num_params, on.scheme.weight_bits)
     kv = kv_bytes(spec.num_layers, spec.hidden_size, length, batch)
     token = seconds_per_token(weights, on.gpus * step.hardware.bandwidth)
@@ -106,27 +111,44 @@ def _count(params: int) -> str:
 
 
 def _weights_formula(step: StepModel) -> str:
-    covered = covered_params(step.spec, step.scheme)
-    what = {"linear": "in linear layers", "experts": "in experts", "all": "in all"}[step.scheme.covers]
-    others = step.spec.num_params - covered
-    rest = f" + {_count(others)} others x {step.scheme.other_bits:g} bits" if others else ""
-    return f"{_count(covered)} {what} x {step.scheme.bits_per_weight:.4g} bits{rest}"
+    spec, scheme, gpus = step.spec, step.scheme, step.on.gpus
+    covered = covered_params(spec, scheme)
+    copies = " + what each GPU needs a copy of" if gpus > 1 else ""
+    if scheme.covers == "all":
+        mean = 8 * weight_bytes(spec, scheme) / spec.num_params
+        return f"{_count(covered)} x {mean:.4g} bits on average{copies}"
+    what = {"linear": "in linear layers", "experts": "in experts"}[scheme.covers]
+    others = spec.num_params - covered
+    rest = f" + {_count(others)} others x {scheme.other_bits:g} bits" if others else ""
+    return f"{_count(covered)} {what} x {scheme.bits_per_weight:.4g} bits{rest}{copies}"
 
 
 def _exact_kv(on: Deployment, length: int, batch: int) -> Figure:
-    spec, value_bytes = on.spec, on.kv_bytes
-    one_copy = batch * kv_sequence_bytes(spec, length, value_bytes)
-    value = on.tp * batch * kv_sequence_bytes(spec, length, value_bytes, on.tp)
-    if spec.latent:
-        cached = f"{spec.num_layers} layers x {kv_values_per_layer(spec)} latent values"
+    spec, value_bytes, layout = on.spec, on.kv_bytes, layout_of(on.engine)
+    state = on.attention_tp * batch * state_bytes(spec, on.attention_tp) if layout == "engine" else 0.0
+    one_copy = batch * kv_sequence_bytes(spec, length, value_bytes, layout=layout)
+    held = on.attention_tp * batch * kv_sequence_bytes(spec, length, value_bytes, on.attention_tp, layout)
+    copies = f" x {held / one_copy:.3g} copies" if held > one_copy else ""
+    rest = f" + {plain(state / GB, 3)} GB of constant state" if state else ""
+    cached = f"{_cached(spec, layout)} x {length:,} tokens x {value_bytes:.4g} B x {batch} requests"
+    return _one(cached + copies + rest, held + state)
+
+
+def _cached(spec: ModelSpec, layout: Layout) -> str:
+    """What is kept of one token, in words."""
+    if spec.latent and layout == "engine":
+        said = f"{spec.num_layers - spec.num_linear_layers} layers x {kv_values_per_layer(spec)} latent values"
+    elif spec.latent:
+        said = f"{spec.num_layers} layers x {kv_values_per_layer(spec, layout)} values"
     else:
-        cached = f"2 x {spec.num_layers} layers x {spec.num_kv_heads} of {spec.num_heads} heads x {spec.head_dim}"
+        said = f"2 x {spec.num_layers} layers x {spec.num_kv_heads} of {spec.num_heads} heads x {spec.head_dim}"
+    if layout == "llmopt":
+        return said
     if spec.num_sliding_layers:
-        cached += f" ({spec.num_sliding_layers} layers: the last {spec.sliding_window:,} tokens)"
-    if spec.num_linear_layers:
-        cached += f" ({spec.num_linear_layers} layers: none)"
-    copies = f" x {value / one_copy:.3g} copies" if value > one_copy else ""
-    return _one(f"{cached} x {length:,} tokens x {value_bytes:.4g} B x {batch} requests{copies}", value)
+        said += f" ({spec.num_sliding_layers} layers: the last {spec.sliding_window:,} tokens)"
+    if spec.num_linear_layers and not spec.latent:
+        said += f" ({spec.num_linear_layers} layers: none)"
+    return said
 
 
 def _exact_total(on: Deployment, budget: Budget, length: int, batch: int) -> Figure:

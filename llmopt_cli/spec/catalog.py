@@ -15,10 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from llmopt_cli.errors import AmbiguousNameError, UnknownNameError, UsageError
+from llmopt_cli.errors import AmbiguousNameError, CheckpointError, ConfigFileError, UnknownNameError, UsageError
 from llmopt_cli.spec.checkpoint import ASSETS, BUNDLED, read_json
-from llmopt_cli.spec.hardware import Hardware
-from llmopt_cli.spec.model import Experts, LatentAttention, ModelSpec
+from llmopt_cli.spec.hardware import EXAMPLE, Hardware, HardwareFile
+from llmopt_cli.spec.model import Experts, LatentAttention, LinearAttention, ModelSpec
+from llmopt_cli.spec.yaml_file import read_yaml
 
 T = TypeVar("T")
 
@@ -50,30 +51,68 @@ def models() -> tuple[Entry[ModelSpec], ...]:
     )
 
 
-def find_gpu(text: str) -> tuple[Hardware, int | None]:
-    """`a100`, `A100-80GB`, `h100x4`: the accelerator, and how many of it where a count is given.
+COUNTED = re.compile(
+    r"(?P<name>.+?)\s*[x*](?P<after>\d{1,3})|(?P<before>\d{1,3})\s*[x*]\s*(?P<other>.+)", re.IGNORECASE
+)
 
-    Raises UnknownNameError for a name that fits none, AmbiguousNameError for one that fits several.
+
+def find_gpu(text: str) -> tuple[Hardware, int | None]:
+    """`a100`, `A100-80GB`, `h100x4`, `4xh100`, `my.yaml`: the accelerator, and how many where a count is given.
+
+    A YAML file has the fields of `Hardware` and, if it likes, a `count`. Raises UnknownNameError for a name that fits
+    none, AmbiguousNameError for one that fits several, ConfigFileError for a file that is wrong.
     """
     # At most three digits: the x of `rtx4090` is no count.
-    counted = re.fullmatch(r"(.+?)[x*](\d{1,3})", text.strip(), re.IGNORECASE)
-    name, count = (counted[1], int(counted[2])) if counted else (text, None)
+    counted = COUNTED.fullmatch(text.strip())
+    name, count = text.strip(), None
+    if counted:
+        name, count = counted["name"] or counted["other"], int(counted["after"] or counted["before"])
     if count == 0:
         raise UsageError(f"`{text}` asks for no accelerator at all", "write NAMExN with N from 1, such as `h100x4`")
+    if name.lower().endswith((".yaml", ".yml")):
+        found = _gpu_file(Path(os.path.expanduser(name)))
+        return found.hardware(name), count or found.count
     return _find("accelerator", name, gpus(), see="llmopt gpus"), count
+
+
+def _gpu_file(path: Path) -> HardwareFile:
+    try:
+        return read_yaml(path, HardwareFile)
+    except ConfigFileError as error:
+        raise ConfigFileError(error.message, error.hint or EXAMPLE) from None
 
 
 def find_model(text: str) -> ModelSpec:
     """A name of the catalogue (`70b`, `qwen3-32b`, a hub id), `demo`, a local folder or a config.json.
 
-    Raises UnknownNameError for a name that fits none, AmbiguousNameError for one that fits several.
+    Raises UnknownNameError for a name that fits none, AmbiguousNameError for one that fits several, UsageError for a
+    file that is missing, damaged or not a decoder's.
     """
     path = BUNDLED.get(text) or Path(os.path.expanduser(text))
     if os.path.isfile(path):  # not Path's: it raises for a name too long to be a file's
-        return ModelSpec.from_hf(read_json(path), name=path.resolve().parent.name)
-    if os.path.isfile(path / "config.json") or text.startswith((".", "/", "~")):
-        return ModelSpec.from_hf(read_json(path / "config.json"), name=text if text in BUNDLED else path.resolve().name)
-    return _find("model", text, models(), see="llmopt models")
+        return _read_model(path, path.resolve().parent.name)
+    if os.path.isfile(path / "config.json") or text.startswith((".", "/", "~")) or text.endswith(".json"):
+        folder = path.parent if text.endswith(".json") else path
+        return _read_model(folder / "config.json", text if text in BUNDLED else folder.resolve().name)
+    try:
+        return _find("model", text, models(), see="llmopt models")
+    except UnknownNameError as error:
+        if "/" not in text:
+            raise
+        raise UsageError(
+            f"`{text}` is neither a folder nor in the catalogue, and nothing is looked up on the hub",
+            f"fetch its config.json and give that file with --model; {error.hint}",
+        ) from None
+
+
+def _read_model(path: Path, name: str) -> ModelSpec:
+    """The spec in a config.json; what is wrong in a file that was named is a matter of usage."""
+    try:
+        return ModelSpec.from_hf(read_json(path), name=name)
+    except CheckpointError as error:
+        raise UsageError(error.message, error.hint) from None
+    except RecursionError:
+        raise UsageError(f"`{path}` is nested too deeply to be a config.json") from None
 
 
 def _find(kind: str, name: str, entries: Sequence[Entry[T]], see: str) -> T:
@@ -113,6 +152,7 @@ def _model(row: dict[str, str]) -> ModelSpec:
         _build(ModelSpec, row),
         experts=_build(Experts, row, "experts.") if row["experts.count"] else None,
         latent=_build(LatentAttention, row, "latent.") if row["latent.kv_rank"] else None,
+        linear_attention=_build(LinearAttention, row, "linear.") if row["linear.key_heads"] else None,
     )
 
 

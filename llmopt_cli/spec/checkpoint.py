@@ -48,17 +48,26 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> Self:
-        """Open a local folder, `demo`, or a hub id (downloaded or from the cache).
+        """Open a local folder, a GGUF file, `demo`, or a hub id (downloaded or from the cache).
 
         Raises CheckpointError if it is missing, holds only pickles, or is damaged.
         """
         name = str(source)
+        if name.endswith(".gguf"):
+            return cls._open_gguf(Path(source).expanduser())
         path = BUNDLED.get(name) or _folder(source)
         if path is None:
             path = _download(name, revision)
         elif name not in BUNDLED:
             name = path.resolve().name  # that of `.` is empty
         return cls(name=name, path=path, config=read_json(path / "config.json"), tensors=_headers(path))
+
+    @classmethod
+    def _open_gguf(cls, file: Path) -> Self:
+        from llmopt_cli.spec.gguf_checkpoint import open_gguf
+
+        model = open_gguf(file)
+        return cls(name=file.stem, path=model.folder, config=model.config, tensors=model.tensors)
 
     @cached_property
     def spec(self) -> ModelSpec:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from llmopt_cli.spec.scheme import Compute
 
@@ -60,3 +62,35 @@ class Hardware:
         """Peak multiply-adds x 2 per second in `compute`, or in 16 bits where the tensor cores lack that dtype."""
         rates = {"bf16": self.bf16_tflops, "fp8": self.fp8_tflops, "int8": self.int8_tops, "fp4": self.fp4_tflops}
         return (rates[compute] or self.bf16_tflops) * 1e12
+
+
+EXAMPLE = "for example four lines: `name: My GPU`, `memory_gib: 47.5`, `bandwidth_gb_s: 900`, `bf16_tflops: 180`"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareFile(Hardware):
+    """An accelerator that a YAML file describes, and how many there are of it.
+
+    Without `memory_gb` the label is what is usable. Figures must be positive numbers.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "allow_inf_nan": False}
+
+    vendor: str = ""
+    arch: str = ""
+    memory_gb: float = 0.0
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            lowest = one.name in ("memory_gb", "price_usd_hour")  # these may be zero
+            if isinstance(value, int | float) and (value < 0 or not (value or lowest) or math.isinf(value)):
+                raise ValueError(f"{one.name} must be a positive number, not {value:g}")
+
+    def hardware(self, source: str) -> Hardware:
+        """The accelerator itself; `source` is the file."""
+        facts = {one.name: getattr(self, one.name) for one in fields(Hardware)}
+        facts["memory_gb"] = self.memory_gb or round(self.memory_bytes / GB, 1)
+        facts["spec_source"] = self.spec_source or source
+        return Hardware(**facts)

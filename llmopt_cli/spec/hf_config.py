@@ -1,6 +1,6 @@
-"""A Hugging Face config.json into a `ModelSpec`: the only place that knows how each family spells its facts.
+"""A Hugging Face config.json into a `ModelSpec`.
 
-What families differ in is data at the top; the functions below ask for facts by our names.
+What families differ in is data, in `hf_families`; the functions here ask for facts by our names.
 """
 
 from __future__ import annotations
@@ -10,84 +10,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmopt_cli.errors import CheckpointError
-from llmopt_cli.spec.model import Experts, LatentAttention, ModelSpec
-
-# Spellings of one fact, in the order in which they win: families that differ from Llama's words.
-KEYS: dict[str, tuple[str, ...]] = {
-    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
-    "num_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "num_kv_heads": ("num_key_value_heads", "num_kv_heads"),
-    "head_dim": ("head_dim", "kv_channels"),
-    "dense_ffn_size": ("intermediate_size_mlp", "dense_intermediate_size"),
-    "ffn_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
-    "vocab_size": ("vocab_size",),
-    "max_context": ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length"),
-    "sliding_window": ("sliding_window", "sliding_window_size"),
-    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    "experts_per_token": (
-        "num_experts_per_tok",
-        "num_experts_per_token",
-        "experts_per_token",
-        "top_k_experts",
-        "moe_topk",
-        "moe_k",
-    ),
-    "moe_ffn_size": ("moe_intermediate_size", "intermediate_size"),
-    "shared_ffn_size": ("shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"),
-    "num_shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
-    "num_dense_layers": ("first_k_dense_replace", "moe_layer_start_index"),
-    "moe_layer_every": ("interleave_moe_layer_step",),
-    "sparse_layer_every": ("decoder_sparse_step",),
-    "full_layer_every": ("sliding_window_pattern",),
-    "first_sliding_layer": ("max_window_layers",),
-    "kv_rank": ("kv_lora_rank",),
-    "q_rank": ("q_lora_rank",),
-    "nope_dim": ("qk_nope_head_dim",),
-    "rope_dim": ("qk_rope_head_dim",),
-    "v_dim": ("v_head_dim",),
-}
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# What transformers assumes where config.json is silent, by model type.
-TIED_BY_DEFAULT = _words("""
-    bloom cohere cohere2 ernie4_5 ernie4_5_moe falcon gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4
-    gemma4_text gpt2 gpt_bigcode gpt_neo granite_swa jetmoe lfm2 lfm2_moe minicpm3 mpt opt qwen2 recurrent_gemma
-    smollm3 starcoder2 vaultgemma""")
-QKV_BIAS_BY_DEFAULT = _words("bloom gpt2 gpt_bigcode gpt_neox opt phi qwen2 qwen2_moe starcoder2")
-UNGATED = _words(
-    "bloom codegen falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj mpt nemotron opt persimmon phi starcoder2 xglm"
+from llmopt_cli.spec.hf_families import (
+    FULL_LAYER_EVERY,
+    KEYS,
+    KNOWN,
+    LARGEST,
+    LINEAR_LAYERS,
+    OUTPUT_GATED,
+    QKV_BIAS_BY_DEFAULT,
+    TIED_BY_DEFAULT,
+    UNGATED,
+    UNMODELLED,
+    USUAL_CONTEXT,
+    WINDOW_OFF_BY_DEFAULT,
 )
-# Families whose window is off unless `use_sliding_window` says otherwise.
-WINDOW_OFF_BY_DEFAULT = _words("""
-    deepseek_ocr2_text qwen2 qwen2_moe qwen2_vl qwen2_vl_text qwen2_5_omni_text qwen2_5_vl qwen2_5_vl_text qwen3
-    qwen3_moe smollm3""")
-# Every how many layers one attends to the whole context, in families whose older files do not list `layer_types`.
-FULL_LAYER_EVERY = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
-LINEAR_LAYERS = ("linear_attention", "conv", "mamba", "recurrent")
-
-# Keys of features that the figures here leave out, and what that means for them.
-UNMODELLED = {
-    "vision_config": "the vision tower is not counted",
-    "linear_num_value_heads": "linear attention and output gates are counted with the weights of ordinary attention",
-    "linear_attn_config": "linear-attention layers are counted as ordinary attention, cache included",
-    "routed_expert_hidden_size": "experts on a narrower hidden size are counted at full width",
-    "global_head_dim": "global attention layers have other heads than counted here",
-    "swa_num_key_value_heads": "sliding layers have other heads than counted here",
-    "num_kv_shared_layers": "layers that share one cache are counted as if each had its own",
-    "attention_chunk_size": "chunked attention is counted as full attention",
-    "compress_ratios": "compressed attention is counted as full attention",
-    "sparse_attention_config": "sparse attention is counted as full attention, without its index",
-    "index_topk": "sparse attention is counted as full attention, without its index",
-}
+from llmopt_cli.spec.model import Experts, LatentAttention, LinearAttention, ModelSpec
 
 
 def read_spec(config: Mapping[str, Any], name: str) -> ModelSpec:
-    """Read a parsed config.json, nested `text_config` included; raises CheckpointError naming a missing key."""
+    """Read a parsed config.json, nested `text_config` included.
+
+    Raises CheckpointError naming a key that is missing, wrong or contradicts another; what the config is silent about
+    and is assumed stands in `unmodelled`.
+    """
     reader = _Reader(_text_config(config), name)
     latent = _latent(reader)
     sliding, linear = _layer_counts(reader)
@@ -103,16 +48,36 @@ def read_spec(config: Mapping[str, Any], name: str) -> ModelSpec:
         head_dim=latent.nope_dim + latent.rope_dim if latent else _head_dim(reader, num_heads),
         ffn_size=_ffn_size(reader, experts),
         vocab_size=reader.need("vocab_size"),
-        max_context=reader.need("max_context"),
-        tied_embeddings=bool(reader.config.get("tie_word_embeddings", reader.model_type in TIED_BY_DEFAULT)),
-        qkv_bias=bool(reader.config.get("attention_bias", reader.model_type in QKV_BIAS_BY_DEFAULT)),
+        max_context=reader.get("max_context") or USUAL_CONTEXT,
+        tied_embeddings=reader.flag("tie_word_embeddings", reader.model_type in TIED_BY_DEFAULT),
+        qkv_bias=reader.flag("attention_bias", reader.model_type in QKV_BIAS_BY_DEFAULT),
+        output_gate=reader.flag("attn_output_gate", reader.model_type in OUTPUT_GATED),
         gated_ffn=reader.model_type not in UNGATED,
         sliding_window=_window(reader) if sliding else None,
         num_sliding_layers=sliding,
         num_linear_layers=linear,
         experts=experts,
         latent=latent,
-        unmodelled=tuple(reason for key, reason in UNMODELLED.items() if reader.config.get(key)),
+        linear_attention=_linear_attention(reader) if linear else None,
+        unmodelled=_unmodelled(reader, experts, linear),
+    )
+
+
+def _unmodelled(reader: _Reader, experts: Experts | None, linear: int) -> tuple[str, ...]:
+    """What the figures leave out or assume."""
+    config, kind = reader.config, reader.model_type or "none"
+    assumed = (
+        (kind not in KNOWN, f"model_type `{kind}` is not known here: counted by the usual keys, as Llama's layers are"),
+        (not reader.get("max_context"), f"config.json names no context length: {USUAL_CONTEXT:,} tokens assumed"),
+        (_guessed_ffn(reader, experts), "config.json names no FFN width: 4 x hidden_size assumed"),
+        (
+            bool(linear and not _linear_attention(reader)),
+            f"{linear} layers without keys and values are counted with weights of ordinary attention, without state",
+        ),
+    )
+    return (
+        *(reason for key, reason in UNMODELLED.items() if config.get(key)),
+        *(reason for applies, reason in assumed if applies),
     )
 
 
@@ -133,8 +98,8 @@ class _Reader:
             value = self.config.get(key)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise self._wrong(key, value, "whole number")
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
+                raise self._wrong(key, value, "whole number of sensible size")
             if value:
                 return value
         return 0
@@ -146,8 +111,16 @@ class _Reader:
             raise self._wrong(key, value, "list")
         return value
 
+    def flag(self, key: str, default: bool) -> bool:
+        """The switch under `key`; what the family does where the config is silent about it."""
+        value = self.config.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self._wrong(key, value, "switch (true or false)")
+        return default if value is None else value
+
     def _wrong(self, key: str, value: object, kind: str) -> CheckpointError:
-        return CheckpointError(f"config.json of `{self.name}` has `{key}: {value}` where a {kind} belongs")
+        shown = str(value) if len(str(value)) < 60 else f"{str(value)[:57]}..."
+        return CheckpointError(f"config.json of `{self.name}` has `{key}: {shown}` where a {kind} belongs")
 
     def need(self, fact: str) -> int:
         value = self.get(fact)
@@ -176,11 +149,19 @@ def _num_kv_heads(reader: _Reader, num_heads: int) -> int:
     # Falcon's older files say multi_query and may still carry num_kv_heads, which that flag overrules.
     if reader.config.get("multi_query") and not reader.config.get("new_decoder_architecture"):
         return 1
-    return reader.get("num_kv_heads") or num_heads
+    found = reader.get("num_kv_heads") or num_heads
+    if found > num_heads:
+        raise CheckpointError(f"config.json of `{reader.name}` has {found} KV heads for {num_heads} heads")
+    return found
 
 
 def _head_dim(reader: _Reader, num_heads: int) -> int:
-    return reader.get("head_dim") or reader.need("hidden_size") // num_heads
+    found = reader.get("head_dim") or reader.need("hidden_size") // num_heads
+    if not found:
+        raise CheckpointError(
+            f"config.json of `{reader.name}` has {num_heads} heads for a hidden size of {reader.need('hidden_size')}"
+        )
+    return found
 
 
 def _ffn_size(reader: _Reader, experts: Experts | None) -> int:
@@ -188,9 +169,29 @@ def _ffn_size(reader: _Reader, experts: Experts | None) -> int:
         return size
     if experts and not experts.num_dense_layers:
         return experts.ffn_size
-    if reader.model_type in UNGATED:
-        return 4 * reader.need("hidden_size")
-    return reader.need("ffn_size")
+    return 4 * reader.need("hidden_size")
+
+
+def _guessed_ffn(reader: _Reader, experts: Experts | None) -> bool:
+    known = reader.get("dense_ffn_size") or reader.get("ffn_size") or (experts and not experts.num_dense_layers)
+    return not known and reader.model_type not in UNGATED
+
+
+def _linear_attention(reader: _Reader) -> LinearAttention | None:
+    """The shape of gated delta-net layers, None where the linear layers are of another kind."""
+    if isinstance(kimi := reader.config.get("linear_attn_config"), Mapping):
+        inner = _Reader(kimi, reader.name)
+        heads, dim = inner.need("num_heads"), inner.need("head_dim")
+        return LinearAttention(heads, heads, dim, dim, inner.need("linear_conv_width"))
+    if not reader.get("linear_value_heads"):
+        return None
+    return LinearAttention(
+        key_heads=reader.need("linear_key_heads"),
+        value_heads=reader.need("linear_value_heads"),
+        key_dim=reader.need("linear_key_dim"),
+        value_dim=reader.need("linear_value_dim"),
+        conv_width=reader.need("linear_conv_width"),
+    )
 
 
 def _latent(reader: _Reader) -> LatentAttention | None:
@@ -209,9 +210,12 @@ def _experts(reader: _Reader) -> Experts | None:
         shared = ffn_size
     if reader.config.get("enable_moe_block"):  # Gemma 4 runs the dense FFN beside the experts
         shared = reader.need("ffn_size")
+    count, per_token = reader.need("num_experts"), reader.need("experts_per_token")
+    if per_token > count:
+        raise CheckpointError(f"config.json of `{reader.name}` sends a token to {per_token} of {count} experts")
     return Experts(
-        count=reader.need("num_experts"),
-        per_token=reader.need("experts_per_token"),
+        count=count,
+        per_token=per_token,
         ffn_size=ffn_size,
         shared_ffn_size=shared,
         num_dense_layers=_num_dense_layers(reader),
@@ -236,7 +240,7 @@ def _layer_counts(reader: _Reader) -> tuple[int, int]:
     """(sliding, linear) layers; raises CheckpointError where no layer has attention of the ordinary kind."""
     layers, kinds = reader.need("num_layers"), reader.array("layer_types")
     if not kinds:
-        return _num_sliding_layers(reader, layers), 0
+        return _num_sliding_layers(reader, layers), _num_kimi_layers(reader, layers)
     kinds = kinds[:layers]  # some files list the prediction heads' layers too
     linear = sum(kinds.count(kind) for kind in LINEAR_LAYERS)
     if linear == layers:
@@ -244,6 +248,13 @@ def _layer_counts(reader: _Reader) -> tuple[int, int]:
             f"`{reader.name}` has no layer that keeps keys and values", "models without attention are not served"
         )
     return kinds.count("sliding_attention") if _window(reader) else 0, linear
+
+
+def _num_kimi_layers(reader: _Reader, layers: int) -> int:
+    """Layers that Kimi lists as linear, apart from their kinds."""
+    listed = reader.config.get("linear_attn_config")
+    found = listed.get("kda_layers") if isinstance(listed, Mapping) else None
+    return min(len(found), layers - 1) if isinstance(found, list) else 0
 
 
 def _window(reader: _Reader) -> int:

@@ -6,9 +6,28 @@ whoever uses the spec can say what its answer leaves out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+# Matrices that engines shard, copy and quantize alike. "query" holds whatever of attention is split among heads and is
+# neither key, value nor output; "latent" what every head needs whole.
+Matrix = Literal[
+    "embedding",
+    "head",
+    "query",
+    "key",
+    "value",
+    "output",
+    "latent",
+    "ffn",
+    "down",
+    "expert_ffn",
+    "expert_down",
+    "router",
+    "norm",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +60,43 @@ class LatentAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearAttention:
+    """A gated delta-net layer (arXiv 2412.06464), as in Qwen3.5: a state of constant size instead of a cache.
+
+    Each of `value_heads` keeps a float32 matrix `key_dim` x `value_dim`; a convolution over the last `conv_width`
+    tokens precedes it, whose inputs are kept in 16 bits.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int
+
+    @property
+    def channels(self) -> int:
+        """Values that the convolution mixes for one token: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def state_bytes(self) -> int:
+        """What one layer keeps of one request, however long."""
+        return 4 * self.value_heads * self.key_dim * self.value_dim + 2 * self.channels * (self.conv_width - 1)
+
+    def matrices(self, hidden_size: int) -> dict[Matrix, int]:
+        """Weights of one layer: inputs with their gate, decay and rate per value head, convolution; output."""
+        values = self.value_heads * self.value_dim
+        inputs = (self.channels + values + 2 * self.value_heads) * hidden_size
+        return {"query": inputs + self.channels * self.conv_width, "output": values * hidden_size}
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A decoder's shape. `head_dim` is the width of a query and key head, `ffn_size` that of a dense layer's FFN.
 
     Of `num_layers`, `num_sliding_layers` attend to the last `sliding_window` tokens only and `num_linear_layers` keep
-    a state of constant size instead of keys and values. `max_context` is in tokens.
+    a state of constant size instead of keys and values (`linear_attention`; counted as ordinary attention where its
+    shape is unknown). `output_gate`: queries come with a gate of their size. `max_context` is in tokens.
     """
 
     name: str
@@ -60,12 +111,14 @@ class ModelSpec:
     max_context: int
     tied_embeddings: bool = False
     qkv_bias: bool = False
+    output_gate: bool = False
     gated_ffn: bool = True
     sliding_window: int | None = None
     num_sliding_layers: int = 0
     num_linear_layers: int = 0
     experts: Experts | None = None
     latent: LatentAttention | None = None
+    linear_attention: LinearAttention | None = None
     unmodelled: tuple[str, ...] = ()
 
     @staticmethod
@@ -85,39 +138,64 @@ class ModelSpec:
         """Layers whose FFN is a mixture of experts."""
         return self.num_layers - self.experts.num_dense_layers if self.experts else 0
 
-    @property
-    def attention_params(self) -> int:
-        """Weights of one layer's attention: q, k, v, o projections (and the q, k, v biases)."""
+    def _attention(self) -> dict[Matrix, int]:
+        """Weights of one ordinary layer's attention, an output gate and the biases of q, k and v among them."""
         h, heads = self.hidden_size, self.num_heads
         if mla := self.latent:
-            query = mla.q_rank * (h + heads * self.head_dim) if mla.q_rank else h * heads * self.head_dim
-            latent = h * (mla.kv_rank + mla.rope_dim) + mla.kv_rank * heads * (mla.nope_dim + mla.v_dim)
-            return query + latent + heads * mla.v_dim * h
-        qkv = (heads + 2 * self.num_kv_heads) * self.head_dim
-        return qkv * h + heads * self.head_dim * h + (qkv if self.qkv_bias else 0)
+            queries = heads * self.head_dim * (mla.q_rank or h)
+            latent = h * (mla.kv_rank + mla.rope_dim + mla.q_rank)
+            expand = mla.kv_rank * heads * (mla.nope_dim + mla.v_dim)
+            return {"query": queries + expand, "latent": latent, "output": heads * mla.v_dim * h}
+        rows = h + (1 if self.qkv_bias else 0)
+        queries, keys = heads * self.head_dim, self.num_kv_heads * self.head_dim
+        gated = (2 if self.output_gate else 1) * queries
+        return {"query": gated * rows, "key": keys * rows, "value": keys * rows, "output": queries * h}
 
     def ffn_params(self, width: int) -> int:
         """Weights of one FFN of the given width: two matrices, three with a gate."""
         return (3 if self.gated_ffn else 2) * self.hidden_size * width
 
-    def _linear_params(self, experts_visited: int) -> int:
-        dense_layers = self.num_layers - self.num_moe_layers
-        params = self.num_layers * self.attention_params + dense_layers * self.ffn_params(self.ffn_size)
-        if moe := self.experts:
-            visited = experts_visited * self.ffn_params(moe.ffn_size) + self.ffn_params(moe.shared_ffn_size)
-            params += self.num_moe_layers * (visited + self.hidden_size * moe.count)  # the last term is the router
-        return params
+    def _ffn(self, layers: int, width: int, kind: Literal["ffn", "expert_ffn"] = "ffn") -> dict[Matrix, int]:
+        down: Matrix = "down" if kind == "ffn" else "expert_down"
+        return {
+            kind: layers * (self.ffn_params(width) - self.hidden_size * width),
+            down: layers * self.hidden_size * width,
+        }
+
+    def matrices(self, experts_visited: int | None = None) -> dict[Matrix, int]:
+        """Weights by kind of matrix, all layers together; of a layer's experts only so many where it is given."""
+        moe, found = self.experts, Counter[Matrix]()
+        linear = self.linear_attention.matrices(self.hidden_size) if self.linear_attention else self._attention()
+        for kind, count in self._attention().items():
+            found[kind] += (self.num_layers - self.num_linear_layers) * count
+        for kind, count in linear.items():
+            found[kind] += self.num_linear_layers * count
+        found.update(self._ffn(self.num_layers - self.num_moe_layers, self.ffn_size))
+        if moe:
+            visited = moe.count if experts_visited is None else experts_visited
+            found.update(self._ffn(self.num_moe_layers * visited, moe.ffn_size, "expert_ffn"))
+            found.update(self._ffn(self.num_moe_layers, moe.shared_ffn_size))
+            found["router"] = self.num_moe_layers * self.hidden_size * moe.count
+        found["embedding"] = self.vocab_size * self.hidden_size
+        found["head"] = 0 if self.tied_embeddings else self.vocab_size * self.hidden_size
+        found["norm"] = self.norm_params
+        return dict(found)
+
+    def columns(self, kind: Matrix) -> int:
+        """Width of the rows of a kind of matrix: its number of inputs."""
+        value_dim = self.latent.v_dim if self.latent else self.head_dim
+        inputs: dict[Matrix, int] = {
+            "output": self.num_heads * value_dim,
+            "down": self.ffn_size,
+            "expert_down": self.experts.ffn_size if self.experts else 0,
+        }
+        return inputs.get(kind, self.hidden_size)
 
     @property
     def linear_params(self) -> int:
-        """Weights of all linear layers in the decoder blocks: what a quantization scheme compresses."""
-        return self._linear_params(self.experts.count if self.experts else 0)
-
-    @property
-    def expert_params(self) -> int:
-        """Weights of all routed experts."""
-        moe = self.experts
-        return self.num_moe_layers * moe.count * self.ffn_params(moe.ffn_size) if moe else 0
+        """Weights of the linear layers in the decoder blocks that a quantization scheme compresses: routers stay."""
+        kept = self.embedding_params + self.norm_params
+        return sum(self.matrices().values()) - kept - self.matrices().get("router", 0)
 
     @property
     def embedding_params(self) -> int:
@@ -132,10 +210,9 @@ class ModelSpec:
     @property
     def num_params(self) -> int:
         """All weights."""
-        return self.linear_params + self.embedding_params + self.norm_params
+        return sum(self.matrices().values())
 
     @property
     def num_active_params(self) -> int:
         """Weights that one token visits: fewer than all where there are experts."""
-        visited = self._linear_params(self.experts.per_token if self.experts else 0)
-        return visited + self.embedding_params + self.norm_params
+        return sum(self.matrices(self.experts.per_token if self.experts else 0).values())

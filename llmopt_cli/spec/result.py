@@ -40,7 +40,8 @@ class Environment:
 class Result:
     """One run. `recipe`, `workload` and `metrics` are plain records: a line outlives the code that wrote it.
 
-    `metrics` names its units (`_ms`, `_s`). A `partial` run was interrupted.
+    `metrics` names its units (`_ms`, `_s`). A `partial` run was interrupted. `predicted` is what was expected of it
+    beforehand, figures named as in `metrics`, or holds under `unknown` why nobody could tell.
     """
 
     verb: str
@@ -52,6 +53,12 @@ class Result:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     workload: Mapping[str, Any] = field(default_factory=dict)
     partial: bool = False
+    predicted: Mapping[str, Any] = field(default_factory=dict)
+
+    def off(self, figure: str) -> float | None:
+        """Predicted / measured - 1 of a figure; None where one of the two is not known."""
+        predicted, measured = self.predicted.get(figure), self.metrics.get(figure)
+        return predicted / measured - 1 if predicted and measured else None
 
     def save(self, folder: Path) -> Path:
         """Add this run as a line to `folder`/<verb>.jsonl, which is made if it is not there; may raise UsageError.
@@ -86,15 +93,23 @@ def check_writable(folder: Path, verb: str) -> None:
             TemporaryFile(dir=next(place for place in path.parents if place.exists())).close()
 
 
-def read_results(path: Path) -> list[Result]:
-    """All runs of a file, oldest first; a line that is no result raises ConfigFileError."""
-    results = []
+def read_lines(path: Path) -> Iterator[tuple[int, Result | str]]:
+    """The number of every line of a file, oldest first, and the run in it or what is wrong with it."""
     with path.open("rb") as file:  # bytes: only a newline ends a line, and what is no UTF-8 is told with its line
         for number, line in enumerate(file, start=1):
             try:
-                results.append(Result.parse(line))
+                yield number, Result.parse(line)
             except (ValueError, TypeError, KeyError) as error:
-                raise ConfigFileError(f"`{path}`, line {number} is not a result: {error}") from None
+                yield number, str(error)
+
+
+def read_results(path: Path) -> list[Result]:
+    """All runs of a file, oldest first; a line that is no result raises ConfigFileError."""
+    results = []
+    for number, found in read_lines(path):
+        if isinstance(found, str):
+            raise ConfigFileError(f"`{path}`, line {number} is not a result: {found}")
+        results.append(found)
     return results
 
 

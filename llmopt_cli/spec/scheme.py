@@ -5,12 +5,20 @@ Knows how many bits a value costs and in what the products are done, not how any
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from llmopt_cli.errors import UnknownNameError
+from llmopt_cli.spec.gguf import MIXES
+from llmopt_cli.spec.model import Matrix, ModelSpec
 
 Compute = Literal["bf16", "fp8", "int8", "fp4"]
+COVERED: dict[str, frozenset[Matrix]] = {
+    "linear": frozenset(("query", "key", "value", "output", "latent", "ffn", "down", "expert_ffn", "expert_down")),
+    "experts": frozenset(("expert_ffn", "expert_down")),
+    "all": frozenset(get_args(Matrix)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +27,8 @@ class Scheme:
 
     `compute` is the dtype of the products: "bf16" for weight-only schemes, whatever 16-bit dtype the model has.
     `covers` says what is quantized: the linear layers of the blocks, the experts alone, or every matrix with
-    embeddings and output head. `other_bits` is what a value of the rest costs.
+    embeddings and output head. `other_bits` is what a value of the rest costs. Of the inputs of int8 and fp8 products,
+    those at least as large as `outliers` (if not 0) stay in 16 bits; `static_inputs` fixes their scale beforehand.
     """
 
     name: str
@@ -31,6 +40,8 @@ class Scheme:
     compute: Compute = "bf16"
     covers: Literal["linear", "experts", "all"] = "linear"
     extra_bits: float = 0.0
+    outliers: float = 0.0
+    static_inputs: bool = False
     method: str | None = None
     note: str = ""
 
@@ -44,6 +55,13 @@ class Scheme:
     def other_bits(self) -> float:
         """Bits per weight of what the scheme does not cover: 16, or 32 in full precision."""
         return max(16, self.weight_bits)
+
+    def matrix_bits(self, spec: ModelSpec) -> Mapping[Matrix, float]:
+        """Bits per weight of every kind of matrix of `spec`."""
+        if mix := MIXES.get(self.name):
+            return mix.bits(spec)
+        covered = COVERED[self.covers]
+        return {kind: self.bits_per_weight if kind in covered else self.other_bits for kind in get_args(Matrix)}
 
     @property
     def quantized(self) -> bool:
@@ -61,6 +79,7 @@ def _int4(name: str, method: str, note: str) -> Scheme:
 
 
 def _gguf(name: str, bits: int, bits_per_weight: float, note: str) -> Scheme:
+    """`bits_per_weight` is the mean in the layers of Llama-3.1-8B; `matrix_bits` has it for any model."""
     return Scheme(name, bits, extra_bits=bits_per_weight - bits, covers="all", note=note)
 
 
@@ -79,17 +98,22 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("gptq", 4, 128, scale_bits=16, zero_bits=4, note="Hessian-corrected 4 bits, groups of 128"),
         Scheme("gptq-3bit", 3, 128, scale_bits=16, zero_bits=3, note="Hessian-corrected 3 bits, groups of 128"),
         Scheme("nf4", 4, 64, scale_bits=32, note="bitsandbytes 4 bits, blocks of 64"),
+        Scheme(
+            "nf4-nested", 4, 64, scale_bits=8, extra_bits=32 / (64 * 256), note="nf4 whose scales are in 8 bits (QLoRA)"
+        ),
         Scheme("nvfp4", 4, 16, scale_bits=8, compute="fp4", note="e2m1 with a scale per 16, weights and activations"),
         Scheme(
             "mxfp4", 4, 32, scale_bits=8, covers="experts", note="e2m1 with a scale per 32, experts alone (gpt-oss)"
         ),
         _gguf("q8_0", 8, 8.5, "GGUF, blocks of 32"),
         _gguf("q6_k", 6, 6.5625, "GGUF k-quant"),
-        _gguf("q5_k_m", 5, 5.7, "GGUF k-quant mix"),
-        _gguf("q4_k_m", 4, 4.9, "GGUF k-quant mix"),
-        _gguf("q4_0", 4, 4.55, "GGUF, blocks of 32"),
-        _gguf("q3_k_m", 3, 3.95, "GGUF k-quant mix"),
-        _gguf("q2_k", 2, 3.0, "GGUF k-quant mix"),
+        _gguf("q5_k_m", 5, 5.65, "GGUF k-quant mix"),
+        _gguf("q5_k_s", 5, 5.5, "GGUF k-quant mix"),
+        _gguf("q4_k_m", 4, 4.8, "GGUF k-quant mix"),
+        _gguf("q4_k_s", 4, 4.54, "GGUF k-quant mix"),
+        _gguf("q4_0", 4, 4.52, "GGUF, blocks of 32"),
+        _gguf("q3_k_m", 3, 3.84, "GGUF k-quant mix"),
+        _gguf("q2_k", 2, 2.94, "GGUF k-quant mix"),
     )
 }
 ALIASES = {"fp16": "bf16", "float16": "bf16", "bfloat16": "bf16", "float32": "fp32", "auto": "bf16", "f16": "bf16"}

@@ -62,6 +62,9 @@ def read_yaml(path: Path, kind: type[T]) -> T:
 def _explain(path: Path, root: Any, kind: type[Any], problem: Any) -> ConfigFileError:
     """The first problem pydantic found, as one sentence with its line."""
     keys = [str(part) for part in problem["loc"]]
+    reason = str(problem["msg"]).removeprefix("Value error, ")
+    if not keys and (said := reason.split()[0]) in _known_keys(kind, keys):  # a refusal begins with its field
+        keys.append(said)
     line = _line(root, keys)
     where = f"in `{path}`, line {line}"
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -71,7 +74,6 @@ def _explain(path: Path, root: Any, kind: type[Any], problem: Any) -> ConfigFile
         return ConfigFileError(f"unknown key `{'.'.join(keys)}` {where}", hint)
     if problem["type"] in ("missing", "missing_argument"):
         return ConfigFileError(f"key `{'.'.join(keys)}` is missing {where}")
-    reason = str(problem["msg"]).removeprefix("Value error, ")
     return ConfigFileError(f"key `{'.'.join(keys)}` {where}: {reason[0].lower()}{reason[1:]}")
 
 

@@ -5,23 +5,42 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from llmopt_cli.estimate.constants import Constants
 from llmopt_cli.estimate.figures import plain
 from llmopt_cli.output import lines, table
 from llmopt_cli.spec.hardware import GB, GIB
+from llmopt_cli.views import advice, cost, limits
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from llmopt_cli.estimate.latency import Band
+    from llmopt_cli.estimate.advice import Advice
+    from llmopt_cli.estimate.bands import Band
+    from llmopt_cli.estimate.bill import Bill
+    from llmopt_cli.estimate.limits import Limits
     from llmopt_cli.estimate.load import Load
-    from llmopt_cli.estimate.plan import Fit, Plan, Question
+    from llmopt_cli.estimate.plan import Fit, Plan, Speed
+    from llmopt_cli.estimate.precision import Speedup
+    from llmopt_cli.estimate.question import Question
     from llmopt_cli.estimate.rules import Comparison
     from llmopt_cli.spec.recipe import Recipe
 
 
-def data(plan: Plan, wanted: Recipe) -> dict[str, Any]:
-    """The whole plan as JSON: bytes, seconds, USD; every key names its unit."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Whole:
+    """All that a plain estimate says; `detailed` where the bill is wanted line by line."""
+
+    plan: Plan
+    wanted: Recipe
+    limits: Limits
+    advice: Advice
+    speedups: tuple[Speedup, ...]
+    bill: Bill | None
+    detailed: bool
+
+
+def data(whole: Whole) -> dict[str, Any]:
+    """All of it as JSON: bytes, seconds, USD; every key names its unit."""
+    plan, wanted = whole.plan, whole.wanted
     question, base = plan.question, plan.question.base
     spec, gpu = base.spec, base.hardware
     return {
@@ -32,6 +51,8 @@ def data(plan: Plan, wanted: Recipe) -> dict[str, Any]:
             **dataclasses.asdict(spec),
         },
         "gpu": {"asked": wanted.gpu, **dataclasses.asdict(gpu)},
+        "engine": base.engine.name,
+        "kv_cache_dtype": base.kv.name,
         "scheme": {"bits_per_weight": base.scheme.bits_per_weight, **dataclasses.asdict(base.scheme)},
         "load": _load_data(question.load),
         "batching": dataclasses.asdict(base.batching),
@@ -42,22 +63,32 @@ def data(plan: Plan, wanted: Recipe) -> dict[str, Any]:
         "speed": _speed_data(plan),
         "price": dataclasses.asdict(question.price) if question.price else None,
         "usd_per_1k_output_tokens": plan.usd_per_1k,
+        "limits": limits.data(whole.limits),
+        "advice": advice.data(whole.advice, whole.speedups),
+        "cost": cost.data(whole.bill) if whole.bill else None,
         "constants": {
-            field.name: {"value": field.default, "source": field.metadata["source"]}
-            for field in dataclasses.fields(Constants)
+            name: {"value": value, "source": source}
+            for name, (value, source) in base.engine.sourced(base.hardware).items()
         },
         "caveats": plan.caveats,
     }
 
 
 def _load_data(load: Load) -> dict[str, Any]:
-    return {"concurrency": load.concurrency, "input_len": load.input_len, "output_len": load.output_len}
+    return {
+        "concurrency": load.concurrency,
+        "input_len": load.input_len,
+        "output_len": load.output_len,
+        "cached_share": load.cached_share,
+    }
 
 
 def _fit_data(fit: Fit) -> dict[str, Any]:
     weights, activations, non_torch, kv_cache = _parts(fit)
     return {
         "gpus": fit.gpus,
+        "tp": fit.on.tp,
+        "pp": fit.on.pp,
         "verdict": fit.verdict,
         "reason": fit.reason,
         "usable_bytes_per_gpu": fit.budget.usable,
@@ -75,20 +106,23 @@ def _speed_data(plan: Plan) -> dict[str, Any] | None:
         return None
     speed = dataclasses.asdict(plan.speed)
     renamed = {f"{name}_s": speed.pop(name) for name in ("prefill", "ttft", "tpot")}
-    return {**speed, **renamed, "output_tokens_per_s": plan.speed.tokens_per_s}
+    return {**speed, **renamed, "output_tokens_per_s": speed.pop("tokens_per_s")}
 
 
-def render(plan: Plan, wanted: Recipe) -> list[RenderableType]:
-    """The whole plan for people."""
-    question = plan.question
+def render(whole: Whole) -> list[RenderableType]:
+    """All of it for people; the bill line by line if it was asked for."""
+    plan = whole.plan
     parts: list[RenderableType] = [
-        _meaning(question, wanted),
+        _meaning(plan.question, whole.wanted),
         _comparison_table(plan.comparisons, (plan.recommended or plan.fits[-1]).gpus),
         _memory_table(plan),
         _recommendation(plan),
     ]
     if plan.speed:
         parts += ["", _speed_lines(plan)]
+    parts += ["", *limits.render(whole.limits), *advice.render(whole.advice, whole.speedups)]
+    if whole.bill and whole.detailed:
+        parts += cost.render(whole.bill)
     return parts + [f"note: {caveat}" for caveat in plan.caveats]
 
 
@@ -134,7 +168,7 @@ def _memory_table(plan: Plan) -> RenderableType:
     columns = ("GPUs", "weights", "activations", "non-torch", "KV cache", "KV tokens", "requests", "verdict")
     rows = [
         (
-            str(fit.gpus),
+            _split(fit),
             *(f"{part / GIB:.2f}" for part in _parts(fit)),
             f"{fit.kv_tokens:,}",
             f"{fit.max_requests:,}",
@@ -144,6 +178,10 @@ def _memory_table(plan: Plan) -> RenderableType:
     ]
     usable = plan.fits[0].budget.usable / GIB
     return table(f"Memory of each GPU in GiB (1024^3 bytes), {usable:.2f} of it to use", columns, rows)
+
+
+def _split(fit: Fit) -> str:
+    return str(fit.gpus) if fit.on.pp == 1 else f"{fit.gpus} (tp {fit.on.tp}, pp {fit.on.pp})"
 
 
 def _parts(fit: Fit) -> tuple[float, ...]:
@@ -174,18 +212,31 @@ def _speed_lines(plan: Plan) -> str:
             ("prefill", f"{speed.prefill * 1e3:,.1f} ms for one prompt"),
             ("TTFT", _with_band(speed.ttft, speed.ttft_band)),
             ("TPOT", _with_band(speed.tpot, speed.tpot_band)),
-            ("output", f"{speed.tokens_per_s:,.0f} tokens/s, {speed.tokens_per_s / fit.gpus:,.0f} per GPU"),
+            ("output", _throughput(speed, fit)),
             *_cost_lines(plan, fit.gpus, speed.tokens_per_s),
         ]
     )
 
 
+def _throughput(speed: Speed, fit: Fit) -> str:
+    said = f"{speed.tokens_per_s:,.0f} tokens/s, {speed.tokens_per_s / fit.gpus:,.0f} per GPU"
+    band = speed.throughput_band
+    if band is None:
+        return said
+    low, high = (f"{speed.tokens_per_s * factor:,.0f}" for factor in (band.low, band.high))
+    return f"{said} ({low} to {high}: {band.basis}{_beyond(band)})"
+
+
+def _beyond(band: Band) -> str:
+    return f"; wider here: {band.outside}" if band.outside else ""
+
+
 def _with_band(seconds: float, band: Band | None) -> str:
     said = f"{plain(seconds * 1e3, 4)} ms"
     if band is None:
-        return f"{said} (no error band, see the note)"
-    low, high = (plain(seconds * 1e3 * (1 + sign * band.median_error), 3) for sign in (-1, 1))
-    return f"{said} ({low} to {high}: +-{band.median_error:.0%}, {band.basis})"
+        return f"{said} (no error band: nobody published runs like this)"
+    low, high = (plain(seconds * 1e3 * factor, 3) for factor in (band.low, band.high))
+    return f"{said} ({low} to {high}: {band.basis}{_beyond(band)})"
 
 
 def _cost_lines(plan: Plan, gpus: int, tokens_per_s: float) -> list[tuple[str, str]]:

@@ -151,6 +151,26 @@ def test_the_key_of_a_server_is_not_kept(monkeypatch: pytest.MonkeyPatch, typed:
     assert "secret" not in kept
 
 
+def test_a_probed_machine_predicts_its_runs(tmp_path: Path) -> None:
+    environment = ENVIRONMENT | {"LLMOPT_CONFIG_DIR": str(tmp_path / "own")}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([*LLMOPT, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    unknown = run(*SHORT, "-c", "1", "--results", "before")
+    assert "nothing was predicted: this machine has not been measured yet" in unknown.stderr
+    probed = run("env", "--probe", "--json")
+    assert {"memory_bytes", "bandwidth_gb_s", "tflops"} <= json.loads(probed.stdout).keys()
+    assert f"kept in {tmp_path / 'own' / 'machines.yaml'}" in probed.stderr
+    shown = run(*SHORT, "-c", "1,2")
+    assert "predicted mean" in shown.stdout
+    assert "nothing was predicted" not in shown.stderr
+    results = read_results(tmp_path / "results" / "bench.jsonl")
+    assert all(result.predicted["mean_ttft_ms"] > 0 for result in results)
+
+
 def test_env_prints_the_fingerprint_of_results(tmp_path: Path) -> None:
     run = llmopt("env", "--json", folder=tmp_path)
     found = json.loads(run.stdout)

@@ -41,7 +41,10 @@ def test_json_holds_the_whole_plan() -> None:
     assert (data["gpu"]["asked"], data["gpu"]["name"]) == ("a100", "A100-SXM4-80GB")
     assert [fit["verdict"] for fit in data["memory"]] == ["does not fit", "tight", "fits", "fits"]
     assert data["recommended_gpus"] == 4
-    assert data["speed"]["tpot_band"]["median_error"] == 0.112
+    band = data["speed"]["tpot_band"]
+    assert band["low"] < 1 < band["high"]
+    assert 0 < band["median_error"] < 0.25
+    assert band["rows"] >= 10
     assert data["usd_per_1k_output_tokens"] > 0
     assert all(constant["source"] for constant in data["constants"].values())
 
@@ -55,10 +58,10 @@ def test_text_says_what_names_mean_shows_formulas_and_recommends() -> None:
         "2 x 80 layers x 8 of 64 heads x 128 x 1,280 tokens x 2 B x 32 requests",
         "(weights + KV cache) x 1.2 to 1.3",
         "does not fit: 131.4 GiB of weights",
-        "fits, but only 25,102 KV tokens",
+        "fits, but only 24,937 KV tokens",
         "Recommended: 4 x A100-SXM4-80GB in bf16",
         "In fewer bits: int8: 2 GPUs",
-        "+-11%, median error on 1,060 published runs",
+        "published runs under vllm of dense models",
         "s per 1K / 3600",
         "2026-03",
     ):
@@ -78,10 +81,11 @@ def test_no_figure_has_an_exponent(args: list[str]) -> None:
     assert not re.search(r"\de[+-]\d", ran.stdout)
 
 
-def test_without_a_band_the_note_stands_in_for_it() -> None:
-    text = llmopt("estimate", "--model", "qwen3-30b-a3b", "--gpu", "h100").stdout
-    assert "ms (no error band, see the note)" in text
-    assert "note: the closed form's TTFT is unproven for experts" in text
+def test_bands_name_their_runs_and_what_sets_this_one_apart() -> None:
+    measured = llmopt("estimate", "--model", "70b", "--gpu", "h100", "--scheme", "fp8").stdout
+    assert re.search(r"TPOT .* ms \(.* to .*: 80% of \d+ published runs under vllm of dense models\)", measured)
+    beyond = llmopt("estimate", "--model", "70b", "--gpu", "l40s").stdout
+    assert "wider here: none on Ada" in beyond
 
 
 def test_a_flag_wins_over_the_listed_price() -> None:
@@ -115,7 +119,7 @@ def test_a_wrong_request_is_one_sentence_a_hint_and_exit_2(args: list[str], said
     assert "Traceback" not in ran.stderr
 
 
-@pytest.mark.parametrize(("verb", "count", "row"), [("gpus", 37, "A100-SXM4-80GB"), ("models", 71, "Llama-3.1-70B")])
+@pytest.mark.parametrize(("verb", "count", "row"), [("gpus", 58, "A100-SXM4-80GB"), ("models", 94, "Llama-3.1-70B")])
 def test_catalogues_are_listed_with_sources(verb: str, count: int, row: str) -> None:
     assert row in llmopt(verb).stdout
     listed = json.loads(llmopt(verb, "--json").stdout)

@@ -1,26 +1,23 @@
-"""Latency: golden values, published measurements, and what must never get faster when there is more to do."""
+"""Latency: golden values, the terms of the closed form, and what must never get faster when there is more to do."""
 
 from __future__ import annotations
 
-import csv
-import statistics
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmopt_cli.errors import UnknownNameError
-from llmopt_cli.estimate.deployment import Deployment
-from llmopt_cli.estimate.latency import DENSE_TPOT, DENSE_TTFT, EXPERTS_TPOT, StepModel
+from llmopt_cli.estimate.comm import all_reduce
+from llmopt_cli.estimate.constants import ENGINES, REFERENCE, VLLM, Constants
+from llmopt_cli.estimate.deployment import Deployment, Draft
+from llmopt_cli.estimate.latency import StepModel, expected_tokens
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.spec.catalog import find_gpu, find_model, gpus, models
 from llmopt_cli.spec.hardware import Hardware
 from llmopt_cli.spec.model import ModelSpec
-from llmopt_cli.spec.scheme import SCHEMES, Scheme, find_scheme
+from llmopt_cli.spec.scheme import SCHEMES, Scheme
 
-MEASURED = Path(__file__).resolve().parents[2] / "../shared/data/estimates/published_measurements.csv"
 INT4_G128 = Scheme("int4-g128", 4, 128, scale_bits=16, zero_bits=16)  # 4.25 bits
 BF16 = SCHEMES["bf16"]
 # model, GPU, tp, scheme, batch, input, output, prefill ms, TPOT ms
@@ -35,72 +32,17 @@ GOLDEN = [
 ]
 
 
-def timed(spec: ModelSpec, gpu: Hardware, scheme: Scheme, tp: int = 1) -> StepModel:
-    return StepModel(Deployment(spec, gpu, scheme, tp))
+def timed(spec: ModelSpec, gpu: Hardware, scheme: Scheme, tp: int = 1, engine: Constants = VLLM) -> StepModel:
+    return StepModel(Deployment(spec, gpu, scheme, tp, engine=engine))
 
 
 @pytest.mark.parametrize(("model", "gpu", "tp", "scheme", "batch", "inputs", "outputs", "prefill", "tpot"), GOLDEN)
 def test_golden_times(
     model: str, gpu: str, tp: int, scheme: Scheme, batch: int, inputs: int, outputs: int, prefill: float, tpot: float
 ) -> None:
-    step = timed(find_model(model), find_gpu(gpu)[0], scheme, tp)
+    step = timed(find_model(model), find_gpu(gpu)[0], scheme, tp, REFERENCE)
     assert step.prefill(inputs) * 1e3 == pytest.approx(prefill, rel=0.01)
     assert step.tpot(Load.fixed(batch, inputs, outputs)) * 1e3 == pytest.approx(tpot, rel=0.01)
-
-
-def measured(metric: str) -> list[dict[str, str]]:
-    if not MEASURED.is_file():
-        pytest.skip(f"no {MEASURED}")
-    return [row for row in csv.DictReader(MEASURED.read_text().splitlines()) if row["metric"] == metric]
-
-
-def serving_error(row: dict[str, str]) -> tuple[bool, float] | None:
-    """(has experts, predicted / measured - 1) of one published serving run on one server, if it is in our words."""
-    schemes = {"fp8": "fp8", "fp8_block": "fp8", "bf16/default": "bf16"}
-    if row["weight_precision"] not in schemes or int(row["tp"]) > 8:
-        return None
-    try:
-        spec, (gpu, _) = find_model(row["model"].replace("-FP8", "")), find_gpu(row["gpu"].replace("_sxm", ""))
-    except UnknownNameError:
-        return None
-    step = timed(spec, gpu, find_scheme(schemes[row["weight_precision"]]), int(row["tp"]))
-    load = Load.fixed(int(row["batch_or_concurrency"]), int(row["input_len"]), int(row["output_len"]))
-    seconds = step.ttft(load) if row["metric"] == "ttft_ms" else step.tpot(load)
-    return spec.experts is not None, seconds * 1e3 / float(row["value"]) - 1
-
-
-def test_tpot_stays_within_its_bands_on_published_runs() -> None:
-    errors = [error for row in measured("tpot_ms") if (error := serving_error(row))]
-    dense = [abs(error) for has_experts, error in errors if not has_experts]
-    experts = [abs(error) for has_experts, error in errors if has_experts]
-    assert len(dense) >= 30
-    assert len(experts) >= 50
-    assert statistics.median(dense) < DENSE_TPOT.median_error
-    assert statistics.median(experts) < EXPERTS_TPOT.median_error
-
-
-def test_ttft_of_dense_models_under_vllm_stays_within_its_band() -> None:
-    rows = [row for row in measured("ttft_ms") if row["engine"] == "vllm"]
-    dense = [abs(error[1]) for row in rows if (error := serving_error(row)) and not error[0]]
-    assert len(dense) == 12
-    assert statistics.median(dense) == pytest.approx(DENSE_TTFT.median_error, abs=0.01)
-
-
-def test_ttft_of_experts_is_as_far_off_as_the_note_says() -> None:
-    errors = [error for row in measured("ttft_ms") if (error := serving_error(row)) and error[0]]
-    assert len(errors) == 51
-    assert statistics.median(error for _, error in errors) == pytest.approx(-0.6, abs=0.05)
-
-
-def test_single_requests_on_a100_are_within_20_percent() -> None:
-    rows = [row for row in measured("decode_tok_s") if row["engine"] == "gpt-fast" and "A100" in row["gpu"]]
-    rows = [row for row in rows if row["weight_precision"] in ("bf16", "int8") and int(row["tp"]) <= 4]
-    assert len(rows) >= 7
-    for row in rows:
-        step = timed(
-            find_model(row["model"]), find_gpu("a100")[0], find_scheme(row["weight_precision"]), int(row["tp"])
-        )
-        assert 1 / step.decode(1, 100) == pytest.approx(float(row["value"]), rel=0.2), row
 
 
 SPECS = st.sampled_from([entry.item for entry in models()])
@@ -160,3 +102,88 @@ def test_ttft_grows_with_the_queue_and_starts_at_dispatch() -> None:
     step = timed(find_model("8b"), find_gpu("h100")[0], BF16)
     assert step.ttft(Load.fixed(1, 1024, 1)) == step.constants.dispatch_s + step.prefill(1024)
     assert step.ttft(Load.fixed(64, 1024, 1)) > step.ttft(Load.fixed(8, 1024, 1)) > step.ttft(Load.fixed(1, 1024, 1))
+
+
+def on_h100(model: str = "8b", **changes: object) -> StepModel:
+    return StepModel(replace(Deployment(find_model(model), find_gpu("h100")[0], BF16), **changes))  # type: ignore[arg-type]
+
+
+def test_requests_that_memory_does_not_hold_wait_for_a_place() -> None:
+    step = on_h100("70b", tp=2)
+    load = Load.fixed(16, 8192, 1024)
+    places = step.running(load.at(10_000))
+    assert step.running(load) == min(16, places)
+    assert step.tpot(load.at(4 * places)) == step.tpot(load.at(places))
+    waited = step.ttft(load.at(4 * places)) - step.ttft(load.at(places))
+    assert waited == pytest.approx(3 * (step.ttft(load.at(places)) + 1024 * step.tpot(load.at(places))))
+
+
+def test_what_does_not_fit_is_timed_as_if_it_did() -> None:
+    assert on_h100("70b").running(Load.fixed(8, 1024, 256)) == 8
+
+
+def test_a_hit_in_the_prefix_cache_is_not_computed_again() -> None:
+    step, load = on_h100(), Load.fixed(1, 8192, 64)
+    hit = replace(load, cached_share=0.75)
+    assert step.mean_prefill(hit) == step.prefill(8192, 6144)
+    assert step.prefill(2048) < step.mean_prefill(hit) < step.prefill(8192) / 2
+
+
+def test_pipeline_stages_share_the_layers_and_cost_a_hop() -> None:
+    one, two = on_h100(), on_h100(pp=2)
+    assert two.step(8, 1024) > one.step(8, 1024)
+    assert two.decode(16, 1024) == two.step(8, 1024)
+    assert one.prefill(65536) / 2 < two.prefill(65536) < one.prefill(65536)
+
+
+def test_speculation_divides_a_round_by_the_tokens_it_yields() -> None:
+    draft = Draft(find_model("llama-3.2-1b"), tokens=4, acceptance=0.8)
+    plain, drafted = on_h100("70b", tp=4), on_h100("70b", tp=4, draft=draft)
+    assert expected_tokens(draft) == pytest.approx((1 - 0.8**5) / (1 - 0.8))
+    assert drafted.decode(1, 512) < plain.decode(1, 512)
+    assert drafted.decode(256, 512) > plain.decode(256, 512)  # verifying five tokens a request is no longer free
+    assert on_h100("70b", tp=4, draft=replace(draft, acceptance=0.0)).decode(1, 512) > plain.decode(1, 512)
+
+
+def test_experts_touched_grow_with_the_batch_up_to_all_of_them() -> None:
+    step, dense = on_h100("qwen3-30b-a3b"), on_h100("qwen3-32b")
+    assert step.decode(1, 128) < dense.decode(1, 128) / 3
+    assert step.decode(128, 128) > 4 * step.decode(1, 128)
+
+
+def test_latent_attention_multiplies_in_the_latent_space() -> None:
+    step = on_h100("deepseek-v3", tp=8, scheme=SCHEMES["fp8_block"])
+    spec, h100 = step.spec, step.hardware
+    assert spec.latent
+    work = 2 * spec.num_heads / 8 * (2 * spec.latent.kv_rank + spec.latent.rope_dim) * spec.num_layers
+    per_token = (step.decode(64, 8192) - step.decode(64, 4096)) / (64 * 4096)
+    assert per_token >= work / (h100.flops() * step.constants.attention_compute_efficiency) * 0.999
+
+
+def test_data_parallel_attention_copies_attention_and_shares_out_requests() -> None:
+    shared, copied = on_h100("deepseek-v3", tp=8), on_h100("deepseek-v3", tp=8, attention_dp=8)
+    assert copied.decode(8, 128) > shared.decode(8, 128)  # every GPU reads all of attention for one request
+    assert copied.decode(512, 16384) < shared.decode(512, 16384)  # but only its own requests' cache
+
+
+def test_all_reduces_collapse_over_pcie_and_not_over_nvlink() -> None:
+    rates = {
+        name: [all_reduce(find_gpu(name)[0], n, 0.7).rate for n in (2, 4, 8)] for name in ("l40s", "h100", "rtx 4090")
+    }
+    assert rates["l40s"][1] < rates["l40s"][0] / 2
+    assert rates["rtx 4090"] == rates["l40s"]
+    assert rates["h100"][2] > rates["h100"][0] / 2
+
+
+def test_an_override_holds_on_its_gpu_alone() -> None:
+    llamacpp, (a100, _), (rtx, _) = ENGINES["llamacpp"], find_gpu("a100"), find_gpu("rtx 3090")
+    assert llamacpp.on(a100).memory_efficiency < llamacpp.on(rtx).memory_efficiency < llamacpp.memory_efficiency
+    assert llamacpp.on(a100).on(rtx) == llamacpp.on(a100)
+
+
+def test_every_engine_is_a_row_of_constants_that_exist_each_with_its_source() -> None:
+    for engine in ENGINES.values():
+        for override in engine.overrides:
+            assert hasattr(engine, override.name)
+            assert override.source
+            assert override.value >= 0

@@ -10,13 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmopt_cli.errors import UnknownNameError, UsageError
+from llmopt_cli.errors import CapacityError, UnknownNameError, UsageError
 from llmopt_cli.estimate.deployment import wanted
+from llmopt_cli.estimate.latency import StepModel
 from llmopt_cli.estimate.load import Load
-from llmopt_cli.estimate.plan import Fit, Plan, Verdict, answer, ask
+from llmopt_cli.estimate.plan import Fit, Plan, Verdict, answer, at_rate, chosen, title
+from llmopt_cli.estimate.question import ask
+from llmopt_cli.estimate.slo import request_rate
 from llmopt_cli.spec.catalog import gpus, models
 from llmopt_cli.spec.hardware import GIB
 from llmopt_cli.spec.scheme import SCHEMES
+from llmopt_cli.spec.workload import Arrivals, Workload
 
 LOAD = Load.fixed(32, 1024, 256)
 
@@ -34,7 +38,7 @@ def test_70b_on_a100_needs_four_in_bf16_and_one_in_4_bits() -> None:
     assert (on(found, 1).verdict, on(found, 2).verdict) == (Verdict.NO, Verdict.TIGHT)
     assert "131.4 GiB of weights" in on(found, 1).reason
     assert on(found, 2).kv_tokens == pytest.approx(25_100, rel=0.01)
-    assert "only 25,1" in on(found, 2).reason
+    assert f"only {on(found, 2).kv_tokens:,} KV tokens" in on(found, 2).reason
     assert found.recommended is on(found, 4)
     assert {scheme.name: fit.gpus for scheme, fit in found.smaller} == {"int8": 2, "awq": 1}
 
@@ -76,13 +80,14 @@ def test_the_batch_is_at_most_max_num_seqs() -> None:
     assert not plan("8b", "a100", replace(LOAD, concurrency=10), max_num_seqs=10).caveats[1:]
 
 
-def test_experts_have_no_band_for_ttft_and_a_note_says_why() -> None:
+def test_experts_have_a_band_of_their_own() -> None:
     dense, experts = plan("8b", "h100"), plan("qwen3-30b-a3b", "h100")
     assert dense.speed is not None
     assert dense.speed.ttft_band is not None
     assert experts.speed is not None
-    assert experts.speed.ttft_band is None
-    assert any("TTFT is unproven for experts" in caveat for caveat in experts.caveats)
+    assert experts.speed.ttft_band is not None
+    assert "experts" in experts.speed.ttft_band.basis
+    assert "dense" in dense.speed.ttft_band.basis
 
 
 @pytest.mark.parametrize(
@@ -116,7 +121,50 @@ def test_prices_come_from_the_catalogue_or_the_flag() -> None:
 def test_cost_is_rate_times_seconds_per_1k() -> None:
     found = plan("70b", "a100", replace(LOAD, concurrency=1))
     assert found.speed is not None
-    assert found.usd_per_1k == pytest.approx(2 * 2.45 * 1000 * found.speed.tpot / 3600)
+    assert found.usd_per_1k == pytest.approx(2 * 2.45 * 1000 / found.speed.tokens_per_s / 3600)
+    # One request alone: its prompt takes the GPUs' time, too.
+    seconds = found.speed.prefill + 256 * found.speed.tpot
+    assert found.speed.tokens_per_s == pytest.approx(256 / seconds)
+
+
+def test_over_pcie_layers_are_shared_by_two_at_most_unless_that_is_asked_for() -> None:
+    assert [(fit.on.tp, fit.on.pp) for fit in plan("70b", "l40s").fits] == [(1, 1), (2, 1), (2, 2), (2, 4)]
+    assert [(fit.on.tp, fit.on.pp) for fit in plan("70b", "l40s", tp=4).fits] == [(4, 1)]
+    assert [(fit.on.tp, fit.on.pp) for fit in plan("70b", "a100").fits] == [(1, 1), (2, 1), (4, 1), (8, 1)]
+
+
+def test_stages_are_weighed_as_asked() -> None:
+    staged = plan("70b", "a100", pipeline_parallel_size=2)
+    assert [(fit.on.tp, fit.on.pp) for fit in staged.fits] == [(1, 2), (2, 2), (4, 2), (8, 2)]
+    with pytest.raises(UsageError, match="80 layers, which is not 100 stages"):
+        plan("70b", "a100", pipeline_parallel_size=100)
+    with pytest.raises(UsageError, match=r"--tp 2 x --pp 2 needs more than the 2 GPUs"):
+        plan("70b", "a100x2", tp=2, pipeline_parallel_size=2)
+
+
+def test_requests_at_a_rate_keep_as_many_busy_as_little_says() -> None:
+    traffic = replace(Workload.read("chat"), arrivals=Arrivals(rate=20.0))
+    question = ask(wanted(None, model="8b", gpu="h100"), Load.of(traffic))
+    busy = at_rate(question, traffic).load.concurrency
+    step = StepModel(question.base)
+    assert request_rate(step, question.load.at(busy)) >= len(traffic.offsets()) / traffic.offsets()[-1]
+    assert request_rate(step, question.load.at(busy - 1)) < len(traffic.offsets()) / traffic.offsets()[-1]
+    with pytest.raises(CapacityError, match="requests a second are more than"):
+        at_rate(question, replace(traffic, arrivals=Arrivals(rate=1e6)))
+
+
+def test_the_recommended_deployment_is_a_recipe() -> None:
+    asked = wanted(None, model="70b", gpu="l40s", kv_cache_dtype="fp8")
+    found = answer(ask(asked, LOAD))
+    recipe = chosen(found, asked)
+    assert (recipe.gpu, recipe.tensor_parallel_size, recipe.pipeline_parallel_size) == ("L40Sx4", 2, 2)
+    again = answer(ask(recipe, LOAD))
+    assert again.recommended is not None
+    assert found.recommended is not None
+    assert again.recommended.on.split(1) == replace(found.recommended.on.split(1), batching=recipe.batching)
+    assert "32 requests at once, 1,024 tokens in, 256 out: TTFT" in title(found)
+    with pytest.raises(CapacityError, match="so there is no recipe"):
+        chosen(plan("405b", "t4"), asked)
 
 
 def test_without_a_price_there_is_no_cost() -> None:

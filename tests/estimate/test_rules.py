@@ -6,11 +6,14 @@ import pytest
 
 from llmopt_cli.estimate import rules
 from llmopt_cli.estimate.cost import usd_per_tokens
-from llmopt_cli.estimate.deployment import Deployment
+from llmopt_cli.estimate.deployment import Deployment, wanted
 from llmopt_cli.estimate.latency import StepModel
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.memory import budget, kv_sequence_bytes
+from llmopt_cli.estimate.plan import answer
+from llmopt_cli.estimate.question import ask
 from llmopt_cli.spec.catalog import find_gpu, find_model
+from llmopt_cli.spec.hardware import GIB
 from llmopt_cli.spec.scheme import find_scheme
 
 GB = 1e9
@@ -43,6 +46,36 @@ def test_70b_in_16_bits_is_140_gb_and_70_ms_a_token_at_2_tb_s() -> None:
     assert rules.seconds_per_token(weights, 2e12) == pytest.approx(0.070)
 
 
+def test_in_units_of_1024_the_same_10_7_gb_are_10_gib() -> None:
+    assert rules.kv_bytes(**SEVENTY, length=4096, batch=1) / GIB == 10.0
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "scheme", "verdict"),
+    [
+        ("llama-2-7b", "A100 40GB", "fp16", "fits"),
+        ("llama-2-7b", "a10g", "fp16", "fits"),
+        ("llama-2-7b", "a10g", "fp32", "does not fit"),
+        ("70b", "a100x1", "fp16", "does not fit"),
+        ("70b", "a100x2", "fp16", "fits"),
+        ("70b", "a100x1", "awq", "fits"),
+        ("70b", "rtx4090x4", "awq", "fits"),
+        ("70b", "rtx4090x1", "awq", "does not fit"),
+    ],
+)
+def test_verdicts_that_everybody_quotes_hold_for_one_request(model: str, gpu: str, scheme: str, verdict: str) -> None:
+    fits = answer(ask(wanted(None, model=model, gpu=gpu, scheme=scheme), Load.fixed(1, 1024, 256))).fits
+    count = find_gpu(gpu)[1] or 1
+    assert next(fit.verdict for fit in fits if fit.gpus == count) == verdict
+
+
+def test_70b_on_two_a100_leaves_25k_tokens_and_four_are_recommended() -> None:
+    found = answer(ask(wanted(None, model="70b", gpu="a100", scheme="fp16"), Load.fixed(32, 1024, 256)))
+    assert {fit.gpus: fit.kv_tokens for fit in found.fits}[2] == pytest.approx(25_100, rel=0.01)
+    assert found.recommended is not None
+    assert found.recommended.gpus == 4
+
+
 def test_overhead_is_20_to_30_percent() -> None:
     assert rules.total_bytes(100.0, 50.0) == pytest.approx((180.0, 195.0))
 
@@ -64,7 +97,7 @@ def test_side_by_side_figures_are_what_their_formulas_say() -> None:
     spec, (gpu, _), scheme = find_model("70b"), find_gpu("a100"), find_scheme("bf16")
     on = Deployment(spec, gpu, scheme, tp=4)
     weights, kv, total, token = rules.side_by_side(StepModel(on), budget(on), Load.fixed(32, 1024, 256))
-    assert weights.rule.low == weights.exact.low == pytest.approx(spec.num_params * 2)
+    assert weights.rule.low == spec.num_params * 2 == pytest.approx(weights.exact.low, rel=1e-4)
     assert kv.rule.formula == "2 x 80 layers x 8192 x 1,280 tokens x 2 B x 32 requests"
     assert kv.rule.low == 2 * 80 * 8192 * 1280 * 2 * 32
     assert kv.exact.formula == "2 x 80 layers x 8 of 64 heads x 128 x 1,280 tokens x 2 B x 32 requests"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmopt_cli.errors import AmbiguousNameError, CheckpointError, UnknownNameError, UsageError
+from llmopt_cli.errors import AmbiguousNameError, ConfigFileError, UnknownNameError, UsageError
 from llmopt_cli.estimate.memory import kv_bytes_per_token
 from llmopt_cli.spec.catalog import find_gpu, find_model, gpus, models
 from llmopt_cli.spec.model import ModelSpec
@@ -26,8 +26,8 @@ def rows(name: str) -> list[dict[str, str]]:
 
 
 def test_every_row_names_its_source() -> None:
-    assert len(gpus()) == 37
-    assert len(models()) == 71
+    assert len(gpus()) >= 37
+    assert len(models()) >= 90
     assert all(gpu.source for gpu in gpus())
     assert all(model.source for model in models())
     assert all(entry.item.price_source for entry in gpus() if entry.item.price_usd_hour)
@@ -110,6 +110,9 @@ def test_forgiving_model_names(typed: str, meant: str) -> None:
         ("A100 40GB", "A100-SXM4-40GB", None),
         ("h100x4", "H100-SXM5-80GB", 4),
         ("H100x1", "H100-SXM5-80GB", 1),
+        ("4xh100", "H100-SXM5-80GB", 4),
+        ("2 x H100 SXM", "H100-SXM5-80GB", 2),
+        ("rtx4090x4", "RTX 4090", 4),
         ("rtx4090", "RTX 4090", None),
         ("4090x2", "RTX 4090", 2),
         ("mi300x", "MI300X", None),
@@ -161,5 +164,64 @@ def test_a_folder_and_a_config_file_are_models(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     assert find_model(str(folder)).num_layers == 2
     assert find_model(str(folder / "config.json")).name == "mine"
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        find_model(str(tmp_path / "nothing"))
+    for missing in ("nothing", "nothing/config.json"):
+        with pytest.raises(UsageError, match=r"has no config\.json"):
+            find_model(str(tmp_path / missing))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "\x00", "[" * 100_000, '{"num_hidden_layers": -1}', '{"hidden_size": NaN}']
+)
+def test_a_broken_config_is_a_matter_of_usage(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(UsageError) as error:
+        find_model(str(file))
+    assert error.value.exit_code == 2
+
+
+def test_a_hub_id_is_not_looked_up() -> None:
+    with pytest.raises(UsageError, match="nothing is looked up on the hub") as error:
+        find_model("nobody/nothing-9b")
+    assert "config.json" in str(error.value.hint)
+
+
+MY_GPU = "name: My GPU\nmemory_gib: 47.5\nbandwidth_gb_s: 900\nbf16_tflops: 180\n"
+
+
+def test_a_gpu_can_be_described_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(MY_GPU)
+    gpu, count = find_gpu(str(file))
+    assert (gpu.name, gpu.memory_gib, gpu.memory_gb, gpu.bandwidth, count) == ("My GPU", 47.5, 51.0, 9e11, None)
+    assert gpu.spec_source == str(file)
+    file.write_text(MY_GPU + "count: 4\nlink: NVLink\nlink_gb_s: 300\n")
+    assert [find_gpu(f"{file}{count}")[1] for count in ("", "x2")] == [4, 2]
+    assert not find_gpu(str(file))[0].over_pcie
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (MY_GPU.replace("47.5", "-1"), "`memory_gib` in .*, line 2: .*positive"),
+        (MY_GPU.replace("900", "0"), "`bandwidth_gb_s` in .*, line 3: .*positive"),
+        (MY_GPU.replace("180", ".inf"), "`bf16_tflops` in .*, line 4"),
+        (MY_GPU.replace("180", "fast"), "`bf16_tflops` in .*, line 4"),
+        (MY_GPU + "bandwith: 3\n", "unknown key `bandwith` in .*, line 5"),
+        (MY_GPU + "count: 0\n", "`count` in .*, line 5"),
+        ("name: My GPU\n", "`memory_gib` is missing"),
+        ("", "must hold `key: value` lines"),
+    ],
+)
+def test_a_wrong_gpu_file_is_said_by_key_and_line(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigFileError, match=said) as error:
+        find_gpu(str(file))
+    assert error.value.hint
+
+
+def test_a_missing_gpu_file_shows_an_example() -> None:
+    with pytest.raises(ConfigFileError, match=r"cannot read `nowhere\.yaml`") as error:
+        find_gpu("nowhere.yaml")
+    assert "memory_gib:" in str(error.value.hint)

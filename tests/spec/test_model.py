@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llmopt_cli.errors import CheckpointError
+from llmopt_cli.errors import CheckpointError, LlmoptError
+from llmopt_cli.estimate.deployment import Deployment
+from llmopt_cli.estimate.memory import budget, sequence_bytes
+from llmopt_cli.spec.catalog import find_gpu
 from llmopt_cli.spec.checkpoint import Checkpoint
-from llmopt_cli.spec.model import Experts, LatentAttention, ModelSpec
+from llmopt_cli.spec.model import Experts, LatentAttention, LinearAttention, ModelSpec
+from llmopt_cli.spec.scheme import find_scheme
 
 CONFIGS = Path(__file__).resolve().parents[2] / "../shared/data/configs"
 LLAMA = {
@@ -32,6 +38,8 @@ GATED = SMALL | {"intermediate_size": 704, "num_key_value_heads": 2}
 EXPERTS = GATED | {"moe_intermediate_size": 96, "num_experts_per_tok": 2, "pad_token_id": 0}
 LATENT = EXPERTS | {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
 LATENT |= {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "num_key_value_heads": 8}
+NEXT = {"num_experts": 8, "shared_expert_intermediate_size": 96, "head_dim": 64, "linear_num_key_heads": 2}
+NEXT |= {"linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
 
 
 def config_file(name: str) -> dict[str, Any]:
@@ -85,6 +93,7 @@ FAMILIES = [
     ("Qwen2Moe", EXPERTS | {"num_experts": 8, "shared_expert_intermediate_size": 192}),
     ("DeepseekV3", LATENT | {"q_lora_rank": 96}),
     ("DeepseekV2", LATENT | {"q_lora_rank": None}),
+    ("Qwen3Next", EXPERTS | NEXT),
 ]
 
 
@@ -137,14 +146,7 @@ def test_both_rope_spellings_make_one_spec() -> None:
     assert old == new
 
 
-NEEDED = [
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-]
+NEEDED = ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"]
 
 
 @pytest.mark.parametrize("key", NEEDED)
@@ -152,6 +154,36 @@ def test_missing_key_is_named(key: str) -> None:
     config = {known: value for known, value in LLAMA.items() if known != key}
     with pytest.raises(CheckpointError, match=f"config.json of `my-model` lacks `{key}`"):
         ModelSpec.from_hf(config, "my-model")
+
+
+@pytest.mark.parametrize(
+    ("change", "assumed"),
+    [
+        ({"intermediate_size": None}, "names no FFN width: 4 x hidden_size assumed"),
+        ({"max_position_embeddings": None}, "names no context length: 2,048 tokens assumed"),
+        ({"model_type": "brand_new"}, "`brand_new` is not known here"),
+        ({"layer_types": ["mamba"] * 40 + ["full_attention"] * 40}, "40 layers without keys and values"),
+    ],
+)
+def test_what_is_assumed_is_said(change: dict[str, Any], assumed: str) -> None:
+    spec = ModelSpec.from_hf(LLAMA | change, "m")
+    assert len(spec.unmodelled) == 1
+    assert assumed in spec.unmodelled[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_key_value_heads": 128}, "128 KV heads for 64 heads"),
+        ({"hidden_size": 32}, "64 heads for a hidden size of 32"),
+        ({"num_experts": 4, "num_experts_per_tok": 9}, "sends a token to 9 of 4 experts"),
+        ({"vocab_size": 10**12}, "`vocab_size: 1000000000000` where a whole number of sensible size"),
+        ({"tie_word_embeddings": "yes"}, "`tie_word_embeddings: yes` where a switch"),
+    ],
+)
+def test_contradictions_are_one_sentence(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        ModelSpec.from_hf(LLAMA | change, "m")
 
 
 @pytest.mark.parametrize("value", ["large", 4096.5, True, -1, [4096]])
@@ -248,3 +280,31 @@ def test_what_a_spec_leaves_out_is_said(name: str) -> None:
 def test_linear_attention_layers_keep_no_keys() -> None:
     spec = ModelSpec.from_hf(config_file("Qwen--Qwen3.5-27B"), "m")
     assert (spec.num_full_layers, spec.num_linear_layers) == (16, 48)
+    assert spec.linear_attention == LinearAttention(16, 48, 128, 128, conv_width=4)
+    kimi = ModelSpec.from_hf(config_file("moonshotai--Kimi-K3"), "m")
+    assert (kimi.num_full_layers, kimi.num_linear_layers) == (24, 69)
+
+
+JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(0, 2)))
+JUNK |= st.sampled_from([0, 1, -1, 2**31, 10**400, {}, {"num_heads": "a"}, ["full_attention"], ["linear_attention"]])
+
+
+def real_configs() -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(CONFIGS.glob("*.json"))] or [LLAMA, MOE]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), config=st.sampled_from(real_configs()))
+def test_a_mutated_config_gives_figures_or_one_sentence(data: st.DataObject, config: dict[str, Any]) -> None:
+    inner = config.get("text_config")
+    part = inner if isinstance(inner, dict) else config
+    for key in data.draw(st.lists(st.sampled_from(sorted(part)), max_size=3)):
+        part = part | {key: data.draw(JUNK)}
+    mutated = config | {"text_config": part} if inner is not None else part
+    try:
+        spec = ModelSpec.from_hf(mutated, "m")
+    except LlmoptError:
+        return
+    on = Deployment(spec, find_gpu("h100")[0], find_scheme("awq"), tp=2)
+    figures = spec.num_params, spec.num_active_params, sequence_bytes(on, 100), budget(on).weights, spec.max_context
+    assert all(0 < figure < float("inf") for figure in figures)

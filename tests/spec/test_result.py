@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmopt_cli.errors import ConfigFileError, UsageError
-from llmopt_cli.spec.result import Environment, Result, check_writable, read_results
+from llmopt_cli.spec.result import Environment, Result, check_writable, read_lines, read_results
 
 ENVIRONMENT = Environment(
     date="2026-01-02T03:04:05+00:00",
@@ -40,6 +41,31 @@ def test_a_line_reads_back_as_the_result_it_was(tmp_path: Path) -> None:
     assert path.name == "bench.jsonl"
     assert len(path.read_text().splitlines()) == 2
     assert read_results(path) == results
+
+
+def test_a_line_from_before_predictions_still_reads(tmp_path: Path) -> None:
+    path = RESULT.save(tmp_path)
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key != "predicted"}
+    path.write_text(json.dumps(old) + "\n")
+    (found,) = read_results(path)
+    assert found.predicted == {}
+    assert found.off("output_throughput") is None
+
+
+def test_how_far_off_a_prediction_was_is_relative_to_the_measurement() -> None:
+    result = replace(RESULT, predicted={"output_throughput": 10.0, "median_tpot_ms": 4.0})
+    assert result.off("output_throughput") == pytest.approx(-0.2)
+    assert result.off("median_tpot_ms") is None
+
+
+def test_broken_lines_lose_no_others(tmp_path: Path) -> None:
+    path = RESULT.save(tmp_path)
+    with path.open("ab") as file:
+        file.write(b'{"verb": "ben\n')
+    RESULT.save(tmp_path)
+    found = list(read_lines(path))
+    assert [number for number, _ in found] == [1, 2, 3]
+    assert [isinstance(one, Result) for _, one in found] == [True, False, True]
 
 
 def test_writers_side_by_side_never_mix_their_lines(tmp_path: Path) -> None:

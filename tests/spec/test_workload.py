@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmopt_cli.errors import ConfigFileError, UnknownNameError
-from llmopt_cli.spec.workload import Arrivals, Lengths, Size, Workload
+from llmopt_cli.errors import ConfigFileError, UnknownNameError, UsageError
+from llmopt_cli.spec.workload import Arrivals, Lengths, Size, Slo, Workload, bundled_slos
 from llmopt_cli.spec.yaml_file import recipes_folder
 
 BUNDLED = sorted(file.stem for file in (recipes_folder() / "workloads").glob("*.yaml"))
@@ -84,6 +84,10 @@ def test_lengths_are_those_of_the_cited_trace(name: str, file: str, columns: tup
         (MINIMAL + "shared_prefix: 10\n", "shared_prefix 10 leaves the shortest prompt no token", None),
         (MINIMAL.replace("num_requests: 5", "num_requests: 0"), "num_requests must be at least 1, not 0", None),
         (MINIMAL + "slo: {ttft: 3}\n", "unknown key `slo.ttft`.*line 6", "`ttft_ms`"),
+        (MINIMAL + "slo: {share: 2}\n", "key `slo`.*line 6: share must lie in", None),
+        (MINIMAL.replace("concurrency: 2", "speed: 2"), "no `trace` to take lengths or times from", None),
+        (MINIMAL.replace("{mean: 8}", "{kind: trace}") + "trace: x.csv\n", "both those of the trace, or neither", None),
+        (MINIMAL.replace("{mean: 8}", "{kind: trace, mean: 8}"), "`trace` takes no mean", None),
     ],
 )
 def test_mistake_in_a_file_names_key_and_line(tmp_path: Path, text: str, message: str, hint: str | None) -> None:
@@ -179,3 +183,77 @@ def test_a_closed_loop_is_made_long_enough_to_be_steady() -> None:
     assert workload.with_load(rate=3).steady().num_requests == 32
     assert workload.with_load(concurrency=16).rounds == 2
     assert workload.with_load(rate=3).rounds == float("inf")
+
+
+TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:17:03.0,100,10
+2023-11-16 18:17:05.0,200,20
+2023-11-16 18:17:07.5,300,30
+"""
+
+
+def test_a_trace_is_a_workload(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text(TRACE)
+    workload = Workload.read(tmp_path / "mine.csv")
+    assert workload.name == "mine"
+    assert workload.arrivals.label == "the trace, 1x as fast"
+    assert workload.sizes(None) == ([Size(100, 10), Size(200, 20), Size(300, 30)], 0)
+    assert workload.sizes(150) == ([Size(100, 10), Size(130, 20), Size(120, 30)], 2)
+    assert workload.offsets() == [0, 2, 4.5]
+    closed = workload.with_load(concurrency=2)
+    assert closed.sizes(None) == workload.sizes(None)
+    assert closed.offsets() == []
+    assert len(workload.with_load(rate=1).offsets()) == 3
+
+
+def test_a_workload_may_take_lengths_and_times_from_a_trace_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text(TRACE)
+    text = MINIMAL.replace("{kind: uniform, min: 10, max: 20}", "{kind: trace}").replace("{mean: 8}", "{kind: trace}")
+    path = write(tmp_path, text.replace("concurrency: 2", "speed: 4").replace(": 5", ": 2") + "trace: mine.csv\n")
+    workload = Workload.read(path)
+    assert workload.sizes(None)[0] == [Size(100, 10), Size(200, 20)]
+    assert workload.offsets() == [0, 0.5]
+
+
+def test_text_without_times_is_asked_in_a_closed_loop(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "x" * 40}, {"from": "gpt", "value": "y" * 20}]
+    (tmp_path / "talks.json").write_text(json.dumps([{"conversations": turns}] * 3))
+    workload = Workload.read(tmp_path / "talks.json")
+    assert workload.arrivals.concurrency == 8
+    assert workload.sizes(None)[0] == [Size(10, 5)] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "slo"),
+    [
+        ("ttft=500ms,tpot=50ms", Slo(500, 50)),
+        ("tpot=0.05s, e2e=10s", Slo(None, 50, 10_000)),
+        ("ttft=2s@p99", Slo(2000, share=0.99)),
+        ("chat", Slo(200, 50, share=0.99)),
+        ("mlperf-llama2-70b-interactive", Slo(450, 40, share=0.99)),
+    ],
+)
+def test_an_slo_is_a_list_of_limits_or_a_name(text: str, slo: Slo) -> None:
+    assert Slo.parse(text) == slo
+
+
+@pytest.mark.parametrize(
+    "text", ["ttft=500", "ttft=-5ms", "ttft=5ms,ttft=6ms", "itl=5ms", "ttft=5ms@", "ttft=5ms@p0", "ttft=5ms@p101", "="]
+)
+def test_a_wrong_slo_is_explained(text: str) -> None:
+    with pytest.raises(UsageError, match="--slo") as caught:
+        Slo.parse(text)
+    assert "ttft=500ms" in (caught.value.hint or "")
+
+
+def test_an_unknown_slo_lists_the_nearest() -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        Slo.parse("mlperf-llama-70b")
+    assert "mlperf-llama2-70b" in (caught.value.hint or "")
+
+
+def test_a_request_keeps_an_slo_within_every_limit() -> None:
+    slo = Slo(ttft_ms=100, tpot_ms=10, e2e_ms=1000)
+    assert slo.keeps(0.1, 0.01, 1.0)
+    assert not any(slo.keeps(*times) for times in ((0.11, 0, 0), (0, 0.011, 0), (0, 0, 1.1)))
+    assert all(slo.tpot_ms for slo in bundled_slos().values())
