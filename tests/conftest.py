@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,10 @@ TINY = {
     "eos_token_id": 1,
     "pad_token_id": 6,
 }
+
+CONFIG = tempfile.mkdtemp(prefix="llmopt-tests-")  # what tests keep of this machine is kept aside from the user's own
+os.environ["LLMOPT_CONFIG_DIR"] = CONFIG  # before any test module copies the environment for its processes
+atexit.register(shutil.rmtree, CONFIG, ignore_errors=True)
 
 settings.register_profile("llmopt", deadline=None)  # no test asserts a time
 settings.load_profile("llmopt")

@@ -94,7 +94,16 @@ def test_help_is_light(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["spec.catalog", "spec.checkpoint", "estimate.plan", "runtime.scheduler", "runtime.request"]
+    "module",
+    [
+        "spec.catalog",
+        "spec.checkpoint",
+        "estimate.plan",
+        "estimate.simulate",
+        "estimate.calibrate",
+        "runtime.scheduler",
+        "runtime.request",
+    ],
 )
 def test_what_estimate_needs_never_imports_torch(module: str) -> None:
     assert loaded_by(f"import llmopt_cli.{module}", "torch", "transformers", "numpy") == []

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from llmopt_cli import __version__
+from llmopt_cli.estimate.host import cpu_name, usable_cores
 from llmopt_cli.spec.result import Environment
 from llmopt_cli.spec.yaml_file import PACKAGE
 
@@ -23,8 +24,8 @@ def fingerprint() -> Environment:
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         platform=platform.platform(),
-        cpu=_cpu_name(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpu=cpu_name(),
+        cores=usable_cores(),
         threads=torch.get_num_threads(),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         load_average=round(os.getloadavg()[0], 2),
@@ -47,15 +48,6 @@ def spinning(environment: Environment) -> str | None:
         f"{environment.threads} torch threads. Those that get no core keep the others spinning, and the figures come "
         f"out too low: wait until it is quiet{remedy}"
     )
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _versions() -> dict[str, str]:

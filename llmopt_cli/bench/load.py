@@ -33,9 +33,17 @@ class Run:
 
 
 async def drive(
-    target: Target, asks: Sequence[Ask], arrivals: Arrivals, seed: int, report: Report, stop: asyncio.Event
+    target: Target,
+    asks: Sequence[Ask],
+    arrivals: Arrivals,
+    offsets: Sequence[float],
+    report: Report,
+    stop: asyncio.Event,
 ) -> Run:
-    """Send all of `asks`; `stop` ends the run early and cancels what is under way."""
+    """Send all of `asks`, those of an open loop at their `offsets`.
+
+    `stop` ends the run early and cancels what is under way.
+    """
     records: list[Record] = []
 
     async def send(ask: Ask, scheduled_at: float) -> None:
@@ -52,7 +60,7 @@ async def drive(
     if arrivals.concurrency is not None:
         load = asyncio.create_task(_closed_loop(send, asks, arrivals.concurrency))
     else:
-        load = asyncio.create_task(_open_loop(send, asks, arrivals.offsets(len(asks), seed)))
+        load = asyncio.create_task(_open_loop(send, asks, offsets))
     stopped = not await _finishes(load, stop)
     return Run(records, time.perf_counter() - started, partial=stopped)
 

@@ -67,8 +67,7 @@ class Latency(NamedTuple):
 
     def keeps(self, slo: Slo) -> bool:
         """Whether it is within every limit."""
-        limits = ((self.ttft, slo.ttft_ms), (self.tpot or 0.0, slo.tpot_ms))
-        return all(limit is None or 1000 * seconds <= limit for seconds, limit in limits)
+        return slo.keeps(self.ttft, self.tpot or 0.0, self.e2e)
 
 
 def token_gaps(reply: Reply) -> list[float]:

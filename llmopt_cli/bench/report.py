@@ -32,6 +32,7 @@ FIGURES = (  # (metric, how the index shows it), in this order
     ("help_s", "`--help` {help_s:.2f} s"),
     ("estimate_s", "`estimate` {estimate_s:.2f} s"),
 )
+FORETOLD = {"mean_ttft_ms": "TTFT", "mean_tpot_ms": "TPOT", "output_throughput": "tok/s"}  # how far off it was
 
 
 def index(folder: Path) -> str:
@@ -48,6 +49,8 @@ def index(folder: Path) -> str:
 def _row(result: Result) -> list[str]:
     metrics = result.metrics
     figures = [form.format_map(metrics) for name, form in FIGURES if metrics.get(name) is not None]
+    foretold = {name: result.off(figure) for figure, name in FORETOLD.items()}
+    figures += [f"{name} predicted {off:+.0%}" for name, off in foretold.items() if off is not None]
     return [
         result.environment.date[:10],
         _machine(result.environment),

@@ -19,7 +19,8 @@ from llmopt_cli.bench.load import Run, drive
 from llmopt_cli.bench.metrics import summarize
 from llmopt_cli.bench.prompts import make_asks, read_source
 from llmopt_cli.bench.targets import Target
-from llmopt_cli.errors import ServerError
+from llmopt_cli.errors import LlmoptError, ServerError
+from llmopt_cli.estimate.predict import expect
 from llmopt_cli.output import Report
 from llmopt_cli.spec.recipe import Recipe
 from llmopt_cli.spec.result import Environment, Result
@@ -34,7 +35,7 @@ Progress = Callable[[str], AbstractContextManager[Report]]
 class Session:
     """What to measure, and what to write down with it. `baseline` answers the same requests, one after another.
 
-    `recipe` is None for a server, whose settings are its own.
+    `recipe` is None for a server, whose settings are its own, so that nothing is predicted there.
     """
 
     target: Target
@@ -59,16 +60,28 @@ class Session:
             for workload in self.workloads:
                 if stop.is_set():
                     break
+                predicted = self._predicted(workload)
                 nonce = secrets.token_hex(4) if self.target.remembers else workload.arrivals.label
                 bench = Bench(workload, source, nonce, progress, stop)
                 metrics = await (bench.pairs(self.target, self.baseline) if self.baseline else bench.alone(self.target))
                 if not metrics["completed"] + metrics["failed"]:
                     break  # stopped before a single request ended: there is nothing to keep
-                results.append(self._result(workload, {"nonce": nonce} | metrics, partial=stop.is_set()))
+                results.append(self._result(workload, {"nonce": nonce} | metrics, predicted, partial=stop.is_set()))
                 results[-1].save(self.results)
         return results
 
-    def _result(self, workload: Workload, metrics: dict[str, Any], *, partial: bool) -> Result:
+    def _predicted(self, workload: Workload) -> dict[str, Any]:
+        """What is expected, or why nobody can tell: a closed form that lacks something never stops a measurement."""
+        if self.recipe is None:
+            return {"unknown": "the settings of a server are its own"}
+        try:
+            return expect(self.recipe, workload, self.environment).record()
+        except LlmoptError as error:
+            return {"unknown": f"{error.message}: {error.hint}" if error.hint else error.message}
+
+    def _result(
+        self, workload: Workload, metrics: dict[str, Any], predicted: dict[str, Any], *, partial: bool
+    ) -> Result:
         return Result(
             verb="bench",
             target=self.target.name,
@@ -79,6 +92,7 @@ class Session:
             recipe=asdict(self.recipe) if self.recipe else {"model": self.target.model},
             workload=asdict(workload),
             partial=partial,
+            predicted=predicted,
         )
 
 
@@ -123,13 +137,13 @@ class Bench:
         if workload.warmup:
             warm_up = workload.warm_up()
             asks = make_asks(warm_up, self.source, target.context, f"{nonce}/warm-up")
-            run = await drive(target, asks, warm_up.arrivals, warm_up.seed, lambda done, total: None, self.stop)
+            run = await drive(target, asks, warm_up.arrivals, [], lambda done, total: None, self.stop)
             if errors := [record.error for record in run.records if record.error]:
                 raise ServerError(f"warm-up failed: {errors[0]}")
         await asyncio.sleep(SETTLE_S)
         asks = make_asks(workload, self.source, target.context, nonce)
         with self.progress(f"{workload.name} on {target.name}, {workload.arrivals.label}") as report:
-            return await drive(target, asks, workload.arrivals, workload.seed, report, self.stop)
+            return await drive(target, asks, workload.arrivals, workload.offsets(), report, self.stop)
 
     def figures(self, target: Target, runs: Sequence[Run]) -> dict[str, Any]:
         """The metrics of `runs` pooled, which is what percentiles need."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmopt_cli.bench.gap import gaps, where
 from llmopt_cli.output import lines, table
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from llmopt_cli.spec.result import Result
 
 LATENCIES = {"TTFT": "ttft_ms", "TPOT": "tpot_ms", "ITL": "itl_ms", "E2E": "e2el_ms"}
+PREDICTED = ("predicted mean", "off by")
 PARTS = {"mean": "mean", "p50": "median", "p90": "p90", "p99": "p99"}
 COLUMNS: dict[str, tuple[str, str]] = {  # heading -> (metric, format), one row per load
     "requests/s": ("request_throughput", ",.2f"),
@@ -30,7 +32,7 @@ def show(results: Sequence[Result]) -> list[RenderableType]:
     """Each result in full; several loads also side by side."""
     parts: list[RenderableType] = []
     for result in results:
-        parts += [_headline(result), _latencies(result.metrics), _remarks(result)]
+        parts += [_headline(result), _latencies(result), _remarks(result)]
     if len(results) > 1:
         rows = [
             [result.metrics["load"], *(_cell(result.metrics, *spec) for spec in COLUMNS.values())] for result in results
@@ -46,12 +48,20 @@ def _headline(result: Result) -> str:
     return f"{where}: {done}{' before it was interrupted' if result.partial else ''}"
 
 
-def _latencies(metrics: Mapping[str, Any]) -> RenderableType:
+def _latencies(result: Result) -> RenderableType:
+    """Percentiles, and beside them the mean that was predicted, as far as one was."""
+    foretold = PREDICTED if "mean_ttft_ms" in result.predicted else ()
     rows = [
-        [name, *(_cell(metrics, f"{part}_{metric}", ",.2f") for part in PARTS.values())]
+        [name, *(_cell(result.metrics, f"{part}_{metric}", ",.2f") for part in PARTS.values())]
+        + [cell for cell in _foretold(result, f"mean_{metric}") if foretold]
         for name, metric in LATENCIES.items()
     ]
-    return table("", ["ms", *PARTS], rows)
+    return table("", ["ms", *PARTS, *foretold], rows)
+
+
+def _foretold(result: Result, figure: str) -> tuple[str, str]:
+    value, off = result.predicted.get(figure), result.off(figure)
+    return "-" if value is None else f"{value:,.2f}", "-" if off is None else f"{off:+.0%}"
 
 
 def _remarks(result: Result) -> str:
@@ -61,9 +71,18 @@ def _remarks(result: Result) -> str:
         ("throughput", _throughput(metrics)),
         ("goodput", f"{metrics['request_goodput']:.2f} requests/s keep {_limits(workload['slo'])} ({_share(metrics)})"),
     ]
+    if "output_throughput" in result.predicted:
+        pairs.append(("predicted", _predicted(result)))
+    if reasons := where(result):
+        pairs.append(("the gap", f"{' and '.join(gaps(result))} are far off: {'; '.join(reasons)}"))
     if against := metrics.get("against"):
         pairs.append(("against", _against(against)))
     return lines([*pairs, ("run quality", _quality(metrics))]) + "\n"
+
+
+def _predicted(result: Result) -> str:
+    value, off = _foretold(result, "output_throughput")
+    return f"{value} output tokens/s ({off}), {result.predicted['basis']}"
 
 
 def _throughput(metrics: Mapping[str, Any]) -> str:

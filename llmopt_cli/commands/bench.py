@@ -254,6 +254,8 @@ def _tell(out: Output, results: Sequence[Result], folder: Path) -> None:
     out.result([asdict(result) for result in results], lambda: show(results))
     if results:
         out.note(f"added to {folder / 'bench.jsonl'}")
+        if unknown := results[-1].predicted.get("unknown"):
+            out.note(f"nothing was predicted: {unknown}")
     if not results or results[-1].partial:
         raise typer.Exit(130)
     for result in results:

@@ -246,7 +246,10 @@ def _calibrate(out: Output, given: Given) -> None:
     from llmopt_cli.estimate.calibrate import calibrate
     from llmopt_cli.views import calibration as view
 
-    found = calibrate(given["calibrate"])
+    with out.progress("fitting"):
+        found = calibrate(given["calibrate"])
+    if found.file:
+        out.note(f"kept in {found.file}")
     out.result(view.data(found), lambda: view.render(found))
 
 

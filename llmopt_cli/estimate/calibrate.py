@@ -24,12 +24,14 @@ from llmopt_cli.estimate.latency import StepModel
 from llmopt_cli.estimate.least_squares import Vector, minimize
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.predict import deployment, load_of
+from llmopt_cli.estimate.work import work
 from llmopt_cli.spec.recipe import Recipe
 from llmopt_cli.spec.result import Result, read_lines
 from llmopt_cli.spec.workload import Workload
 
 T = TypeVar("T")
-FIGURES = ("ttft_ms", "tpot_ms")
+FITTED = ("ttft_ms", "tpot_ms")
+FIGURES = (*FITTED, "offline_tok_s")  # named as the bands are; throughput follows from the constants
 FEWEST = 6  # different loads, of two figures each
 SIZES = 16  # lengths of a run that a fit looks at
 FAILED = 0.01  # of the requests, above which a run says nothing
@@ -100,22 +102,27 @@ KNOBS = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One line of a results file as far as a fit needs it; `what` tells loads apart. Seconds by figure."""
+    """One line of a results file as far as a fit needs it; `what` tells loads apart.
+
+    `measured` is in seconds and output tokens a second, by figure.
+    """
 
     what: tuple[object, ...]
     on: Deployment
     load: Load
     measured: dict[str, float]
 
-    def predicted(self, constants: Constants) -> dict[str, float]:
-        """The closed form's figures with `constants`."""
-        step = StepModel(replace(self.on, engine=constants))
-        return {"ttft_ms": step.ttft(self.load), "tpot_ms": step.tpot(self.load)}
-
     def residuals(self, constants: Constants) -> Vector:
+        """log(predicted / measured) of what is fitted: TTFT, TPOT."""
+        step = StepModel(replace(self.on, engine=constants))
+        predicted = step.ttft(self.load), step.tpot(self.load)
+        return [math.log(seconds / self.measured[figure]) for figure, seconds in zip(FITTED, predicted, strict=True)]
+
+    def all_residuals(self, constants: Constants) -> Vector:
         """log(predicted / measured) of every figure."""
-        found = self.predicted(constants)
-        return [math.log(found[figure] / self.measured[figure]) for figure in FIGURES]
+        step = StepModel(replace(self.on, engine=constants))
+        throughput = work(step, self.load).tokens_per_s
+        return [*self.residuals(constants), math.log(throughput / self.measured["offline_tok_s"])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +221,7 @@ def _check(found: Result) -> None:
         (found.target != "engine", "a server: its settings are its own"),
         (found.partial, "an interrupted run"),
         (metrics.get("failed", 0) > FAILED * metrics.get("completed", 0), "a run with failed requests"),
-        (not all(metrics.get(f"mean_{figure}") for figure in FIGURES), "a run without TTFT and TPOT"),
+        (not all(metrics.get(f"mean_{figure}") for figure in FITTED), "a run without TTFT and TPOT"),
     )
     for applies, reason in reasons:
         if applies:
@@ -239,7 +246,8 @@ def _machine(found: Result, recipe: Recipe) -> Machine:
 
 
 def _measured(found: Result) -> dict[str, float]:
-    return {figure: found.metrics[f"mean_{figure}"] / 1e3 for figure in FIGURES}
+    times = {figure: found.metrics[f"mean_{figure}"] / 1e3 for figure in FITTED}
+    return times | {"offline_tok_s": found.metrics["output_throughput"]}
 
 
 def _spread(sizes: Sequence[T]) -> tuple[T, ...]:
@@ -261,7 +269,7 @@ def _fitted(machine: Machine, engine: str, runs: list[Run]) -> tuple[Outcome, Ca
     constants = replace(start, **learned)  # type: ignore[arg-type]  # all of them are floats
     left_out = _medians(unseen)
     found = replace(outcome, changes=_changes(used, learned), after=_errors(runs, constants), left_out=left_out)
-    if statistics.mean(left_out.values()) >= statistics.mean(outcome.before.values()):
+    if sum(left_out[figure] - outcome.before[figure] for figure in FITTED) >= 0:
         return replace(found, reason="runs it had not seen are predicted no better than before"), None
     return replace(found, kept=True), Calibration(
         engine=engine,
@@ -288,9 +296,9 @@ def fit(start: Constants, runs: Sequence[Run]) -> tuple[dict[str, float], list[V
     found = minimize(residuals, bounds)
     rows: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, run in enumerate(runs):
-        rows[run.what] += range(len(FIGURES) * index, len(FIGURES) * (index + 1))
+        rows[run.what] += range(len(FITTED) * index, len(FITTED) * (index + 1))
     blind = {what: constants(found.without(left_out, bounds)) for what, left_out in rows.items()}
-    return turned(start, found.at), [run.residuals(blind[run.what]) for run in runs]
+    return turned(start, found.at), [run.all_residuals(blind[run.what]) for run in runs]
 
 
 def turned(start: Constants, at: Vector) -> dict[str, float]:
@@ -305,7 +313,7 @@ def _changes(used: Constants, learned: dict[str, float]) -> list[Change]:
 
 
 def _errors(runs: Iterable[Run], constants: Constants) -> dict[str, float]:
-    return _medians([run.residuals(constants) for run in runs])
+    return _medians([run.all_residuals(constants) for run in runs])
 
 
 def _medians(residuals: Sequence[Vector]) -> dict[str, float]:

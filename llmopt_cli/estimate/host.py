@@ -43,7 +43,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Constants of one engine on one machine, fitted to `runs`. `errors` are by figure: `ttft_ms`, `tpot_ms`.
+    """Constants of one engine on one machine, fitted to `runs`. `errors` are by figure, named as bands are.
 
     It was seen to hold for what was among the runs: `models`, in `schemes`.
     """
@@ -58,10 +58,9 @@ class Calibration:
     constants: dict[str, float]
     errors: dict[str, Spread]
 
-    @property
-    def basis(self) -> str:
-        """`calibrated from 12 runs, +-6 %`."""
-        return f"calibrated from {self.runs} runs, +-{self.errors['tpot_ms'].median_error:.0%}"
+    def basis(self, figure: str = "tpot_ms") -> str:
+        """`calibrated from 12 runs, +-6%`."""
+        return f"calibrated from {self.runs} runs, +-{self.errors[figure].median_error:.0%}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +209,7 @@ def tuned(on: Deployment) -> Deployment:
     if known is None:
         return on
     learned = tuple(
-        Override(on.hardware.name, name, value, f"{known.basis}, {known.date[:10]}")
+        Override(on.hardware.name, name, value, f"{known.basis()}, {known.date[:10]}")
         for name, value in known.constants.items()
     )
     return replace(on, engine=replace(on.engine, overrides=on.engine.overrides + learned))
@@ -228,7 +227,7 @@ def band(figure: str, on: Deployment) -> Band | None:
         if kind not in seen
     )
     power = OUTSIDE if outside else 1.0
-    return Band(spread.median_error, spread.low**power, spread.high**power, known.runs, known.basis, outside)
+    return Band(spread.median_error, spread.low**power, spread.high**power, known.runs, known.basis(figure), outside)
 
 
 def cpu_name() -> str:

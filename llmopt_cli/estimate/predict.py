@@ -20,7 +20,7 @@ from llmopt_cli.spec.catalog import find_model
 from llmopt_cli.spec.checkpoint import BUNDLED, read_json
 from llmopt_cli.spec.recipe import Recipe
 from llmopt_cli.spec.result import Environment
-from llmopt_cli.spec.scheme import KvDtype, Scheme, find_kv_dtype, find_scheme
+from llmopt_cli.spec.scheme import Scheme, cache_of, find_scheme
 from llmopt_cli.spec.workload import Workload
 
 Bound = Literal["overhead", "memory", "compute"]
@@ -69,7 +69,7 @@ def expect(recipe: Recipe, workload: Workload, environment: Environment) -> Pred
         tpot=step.tpot(load),
         output_throughput=(rate or request_rate(step, load)) * load.output_len,
         bound=bound(on, load),
-        basis=known.basis if known else f"constants of {on.engine.name}, not calibrated on {on.hardware.name}",
+        basis=known.basis() if known else f"constants of {on.engine.name}, not calibrated on {on.hardware.name}",
     )
 
 
@@ -83,7 +83,7 @@ def deployment(recipe: Recipe, environment: Environment) -> Deployment:
         tp=recipe.tensor_parallel_size or 1,
         pp=recipe.pipeline_parallel_size,
         engine=find_engine(recipe.engine),
-        kv=_cache(recipe, scheme),
+        kv=cache_of(recipe.kv_cache_dtype, scheme),
         batching=recipe.batching,
     )
 
@@ -99,12 +99,6 @@ def stored_scheme(recipe: Recipe) -> Scheme:
     if quantized.get("bits", scheme.weight_bits) != scheme.weight_bits:
         raise UsageError(f"no closed form knows {quantized['bits']}-bit {scheme.name}")
     return scheme
-
-
-def _cache(recipe: Recipe, scheme: Scheme) -> KvDtype:
-    """The cache is as wide as the weights unless told otherwise."""
-    wide = recipe.kv_cache_dtype == "auto" and scheme.weight_bits > 16
-    return KvDtype("float32", scheme.weight_bits) if wide else find_kv_dtype(recipe.kv_cache_dtype)
 
 
 def _config(model: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from llmopt_cli.estimate.splits import GPU_COUNTS, Split, shares, split_over
 from llmopt_cli.spec.catalog import find_model
 from llmopt_cli.spec.hardware import Hardware
 from llmopt_cli.spec.recipe import Recipe, Speculation
-from llmopt_cli.spec.scheme import find_kv_dtype, find_scheme
+from llmopt_cli.spec.scheme import cache_of, find_scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def ask(recipe: Recipe, load: Load, gpu_price: float | None = None) -> Question:
         hardware=hardware,
         scheme=scheme,
         engine=find_engine(recipe.engine),
-        kv=find_kv_dtype(recipe.kv_cache_dtype),
+        kv=cache_of(recipe.kv_cache_dtype, scheme),
         batching=recipe.batching,
         draft=_draft(recipe.speculation),
     )

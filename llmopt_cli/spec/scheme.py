@@ -166,3 +166,9 @@ def find_kv_dtype(name: str) -> KvDtype:
     if key not in KV_DTYPES:
         raise UnknownNameError("KV cache dtype", name, [*KV_DTYPES, *KV_ALIASES])
     return KV_DTYPES[key]
+
+
+def cache_of(name: str, scheme: Scheme) -> KvDtype:
+    """The cache dtype called `name` beside weights in `scheme`: `auto` is as wide as they are computed in."""
+    wide = name == "auto" and scheme.weight_bits > 16
+    return KvDtype("float32", scheme.weight_bits) if wide else find_kv_dtype(name)

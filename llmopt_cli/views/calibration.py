@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from llmopt_cli.estimate.calibrate import Change, Outcome, Report
 
-FIGURES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT"}
+FIGURES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "offline_tok_s": "output tokens/s"}
 
 
 def data(report: Report) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _change(change: Change) -> tuple[str, str, str]:
 
 
 def _errors(outcome: Outcome) -> list[tuple[str, ...]]:
-    columns = (outcome.before, outcome.after, outcome.left_out)
+    columns = (outcome.before, outcome.after, outcome.left_out)  # nothing after, where nothing was fitted
     return [
         (name, *(f"{column[figure]:.0%}" if figure in column else "-" for column in columns))
         for figure, name in FIGURES.items()

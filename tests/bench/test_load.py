@@ -48,9 +48,10 @@ class Stub:
 
 def run(stub: Stub, arrivals: Arrivals, stop: asyncio.Event | None = None) -> tuple[Run, list[tuple[int, int]]]:
     reports: list[tuple[int, int]] = []
+    offsets = arrivals.offsets(len(ASKS), seed=0) if arrivals.rate else []
 
     async def main() -> Run:
-        return await drive(stub, ASKS, arrivals, 0, lambda *pair: reports.append(pair), stop or asyncio.Event())
+        return await drive(stub, ASKS, arrivals, offsets, lambda *pair: reports.append(pair), stop or asyncio.Event())
 
     return asyncio.run(main()), reports
 
@@ -67,6 +68,8 @@ def test_closed_loop_keeps_as_many_under_way_as_it_says(concurrency: int) -> Non
 
 
 def test_open_loop_sends_on_though_nobody_answers() -> None:
+    due = Arrivals(rate=2000).offsets(24, seed=0)
+
     async def main() -> Run:
         all_sent = asyncio.Event()
 
@@ -75,11 +78,10 @@ def test_open_loop_sends_on_though_nobody_answers() -> None:
                 all_sent.set()
             await all_sent.wait()
 
-        return await drive(Stub(answer_at_last), ASKS, Arrivals(rate=2000), 0, lambda *_: None, asyncio.Event())
+        return await drive(Stub(answer_at_last), ASKS, Arrivals(rate=2000), due, lambda *_: None, asyncio.Event())
 
     result = asyncio.run(main())
     assert peak_concurrency(result.records) == 24
-    due = Arrivals(rate=2000).offsets(24, seed=0)
     scheduled = sorted(record.scheduled_at for record in result.records)
     assert [at - scheduled[0] for at in scheduled] == pytest.approx(due)
     assert all(record.sent_at >= record.scheduled_at for record in result.records)
@@ -112,7 +114,7 @@ def test_a_stop_keeps_what_ended_and_leaves_out_what_did_not() -> None:
                 finally:
                     cancelled += 1
 
-        return await drive(Stub(hang_from_ten_on), ASKS, Arrivals(concurrency=4), 0, lambda *_: None, stop), cancelled
+        return await drive(Stub(hang_from_ten_on), ASKS, Arrivals(concurrency=4), [], lambda *_: None, stop), cancelled
 
     result, cancelled = asyncio.run(main())
     assert result.partial

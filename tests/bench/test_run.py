@@ -23,6 +23,8 @@ from llmopt_cli.bench.run import PAIRS, Session
 from llmopt_cli.bench.tables import show
 from llmopt_cli.bench.targets import EngineTarget, Target
 from llmopt_cli.errors import ServerError
+from llmopt_cli.estimate import host
+from llmopt_cli.estimate.predict import expect
 from llmopt_cli.output import Report
 from llmopt_cli.runtime import Engine
 from llmopt_cli.spec.recipe import Recipe
@@ -59,6 +61,21 @@ def test_every_load_gives_one_complete_result_that_is_kept(demo_engine: Engine, 
         assert not result.partial
     assert results[0].metrics["max_concurrent_requests"] == 3
     assert results[0].metrics["nonce"] != results[1].metrics["nonce"]
+
+
+def test_a_prediction_is_kept_beside_what_was_measured_where_the_machine_is_known(
+    demo_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMOPT_CONFIG_DIR", str(tmp_path / "own"))
+    (blind,) = session(EngineTarget(demo_engine), tmp_path, SMALL)
+    assert "not been measured yet: `llmopt env --probe`" in blind.predicted["unknown"]
+    here = fingerprint()
+    rates = {"float32": 0.1, "bfloat16": 0.2}
+    host.keep(host.Machine(here.cpu, here.cores, here.threads, here.gpu, here.date, 2**33, 20.0, rates))
+    (told,) = session(EngineTarget(demo_engine), tmp_path, SMALL)
+    assert told.predicted == expect(Recipe(dtype="float32"), SMALL, here).record()
+    assert all(told.off(f"mean_{figure}") is not None for figure in ("ttft_ms", "tpot_ms"))
+    assert read_results(tmp_path / "bench.jsonl")[1].predicted == told.predicted
 
 
 def to_line(result: Result) -> str:

@@ -151,7 +151,7 @@ def test_the_key_of_a_server_is_not_kept(monkeypatch: pytest.MonkeyPatch, typed:
     assert "secret" not in kept
 
 
-def test_a_probed_machine_predicts_its_runs(tmp_path: Path) -> None:
+def test_a_probed_machine_predicts_its_runs_and_stands_in_for_a_gpu(tmp_path: Path) -> None:
     environment = ENVIRONMENT | {"LLMOPT_CONFIG_DIR": str(tmp_path / "own")}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -169,6 +169,9 @@ def test_a_probed_machine_predicts_its_runs(tmp_path: Path) -> None:
     assert "nothing was predicted" not in shown.stderr
     results = read_results(tmp_path / "results" / "bench.jsonl")
     assert all(result.predicted["mean_ttft_ms"] > 0 for result in results)
+    assert json.loads(run("estimate", "--model", "demo", "--gpu", "host", "--json").stdout)["gpu"]["asked"] == "host"
+    (outcome,) = json.loads(run("estimate", "--calibrate", "results", "--json").stdout)["outcomes"]
+    assert (outcome["runs"], outcome["kept"]) == (2, False)  # two loads are too few to learn from
 
 
 def test_env_prints_the_fingerprint_of_results(tmp_path: Path) -> None:

@@ -109,7 +109,16 @@ def test_sampling_carries_every_parameter() -> None:
     body = CompletionRequest(
         prompt="a", temperature=0.5, top_p=0.9, top_k=7, seed=3, stop="x", stop_token_ids=[4], ignore_eos=True
     )
-    assert body.sampling(9) == SamplingParams(9, 0.5, 7, 0.9, 3, ("x",), (4,), True)
+    assert body.sampling(9) == SamplingParams(
+        max_tokens=9,
+        temperature=0.5,
+        top_k=7,
+        top_p=0.9,
+        seed=3,
+        stop=("x",),
+        stop_token_ids=(4,),
+        ignore_eos=True,
+    )
 
 
 def test_stop_may_hold_sixteen_strings_of_a_thousand_characters() -> None:

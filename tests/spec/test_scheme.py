@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmopt_cli.errors import UnknownNameError
-from llmopt_cli.spec.scheme import SCHEMES, Scheme, find_scheme
+from llmopt_cli.spec.scheme import SCHEMES, Scheme, cache_of, find_kv_dtype, find_scheme
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,9 @@ def test_unknown_scheme_lists_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="unknown scheme `aqw`") as error:
         find_scheme("aqw")
     assert "awq" in str(error.value.hint)
+
+
+def test_a_cache_is_as_wide_as_what_it_is_computed_in() -> None:
+    assert cache_of("auto", find_scheme("fp32")).bytes_per_value(128) == 4
+    assert cache_of("auto", find_scheme("awq")) == find_kv_dtype("bfloat16")
+    assert cache_of("fp8", find_scheme("fp32")).bytes_per_value(128) == 1

@@ -21,9 +21,9 @@ KEPT = Outcome(
         Change("between two steps", "step_s", 0.0, 0.0044),
         Change("memory", "memory_efficiency", 0.8, 0.91),
     ],
-    before={"ttft_ms": 1.5, "tpot_ms": 0.4},
-    after={"ttft_ms": 0.05, "tpot_ms": 0.02},
-    left_out={"ttft_ms": 0.06, "tpot_ms": 0.03},
+    before={"ttft_ms": 1.5, "tpot_ms": 0.4, "offline_tok_s": 0.9},
+    after={"ttft_ms": 0.05, "tpot_ms": 0.02, "offline_tok_s": 0.04},
+    left_out={"ttft_ms": 0.06, "tpot_ms": 0.03, "offline_tok_s": 0.05},
     kept=True,
 )
 REFUSED = Outcome("a GPU", "llmopt", 2, 2, [], {"ttft_ms": 0.5, "tpot_ms": 0.4}, {}, {}, False, "2 loads are too few")
@@ -61,6 +61,6 @@ def test_what_was_not_kept_or_not_used_says_why() -> None:
 def test_json_holds_everything() -> None:
     document = json.loads(json.dumps(view.data(Report([KEPT], Counter({"no bench run": 1}), Path("machines.yaml")))))
     (outcome,) = document["outcomes"]
-    assert outcome["left_out"] == {"ttft_ms": 0.06, "tpot_ms": 0.03}
+    assert outcome["left_out"] == {"ttft_ms": 0.06, "tpot_ms": 0.03, "offline_tok_s": 0.05}
     assert outcome["changes"][0] == {"what": "between two steps", "name": "step_s", "before": 0.0, "after": 0.0044}
     assert (document["skipped"], document["file"]) == ({"no bench run": 1}, "machines.yaml")
