@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from llmopt_cli import __version__
-from llmopt_cli.commands import bench, demo, env, estimate, generate, gpus, models, quantize, replay, serve
+from llmopt_cli.commands import bench, convert, demo, env, estimate, generate, gpus, models, quantize, replay, serve
+from llmopt_cli.commands import eval as evaluation
 from llmopt_cli.output import error_boundary
 
 app = typer.Typer(
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (estimate, quantize, bench, serve, generate, models, gpus, env, replay, demo):
+for command in (estimate, quantize, convert, evaluation, bench, serve, generate, models, gpus, env, replay, demo):
     name = command.__name__.rpartition(".")[2]
     app.command(name)(getattr(command, name))
 

@@ -54,7 +54,7 @@ class Demo:
         """Estimate, quantize, bench before and after, serve. Raises LlmoptError if a verb fails."""
         self._llmopt("estimate", "--model", "demo", "--gpu", "l4", "--max-model-len", "2048")
         for method in METHODS:
-            self._llmopt("quantize", "demo", "--method", method)
+            self._llmopt("quantize", "demo", "--method", method, "--samples", "32")
         versions = {"bf16": "demo"} | {method: f"./demo-{method}-w4g128" for method in METHODS}
         for model in versions.values():
             load = ("--workload", "decode", "--concurrency", ",".join(map(str, CONCURRENCY)), "--num-requests", "32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -27,10 +28,21 @@ def example(command: str) -> list[str]:
     return [line.rstrip() for line in re.split(r"^\$ ", block, maxsplit=1, flags=re.MULTILINE)[0].splitlines()]
 
 
-def test_the_estimate_is_what_the_command_prints() -> None:
-    shown = example("llmopt estimate --model 70b --gpu a100")
-    printed = [line.rstrip() for line in llmopt("estimate", "--model", "70b", "--gpu", "a100").splitlines()]
-    assert [line for line in shown if line] == [line for line in printed if line]
+ESTIMATES = re.findall(r"^\$ llmopt (estimate .+)$", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ESTIMATES)
+def test_estimates_are_what_the_command_prints(command: str) -> None:
+    """With LLMOPT_WRITE_README=1 the README is made so instead."""
+    printed = [line.rstrip() for line in llmopt(*shlex.split(command)).splitlines() if line.strip()]
+    if os.environ.get("LLMOPT_WRITE_README"):
+        file = ROOT / "README.md"
+        head, rest = file.read_text().split(f"$ llmopt {command}\n", 1)
+        end = re.search(r"^(\$ |```)", rest, flags=re.MULTILINE)
+        assert end
+        file.write_text(f"{head}$ llmopt {command}\n" + "".join(f"{line}\n" for line in printed) + rest[end.start() :])
+        return
+    assert [line for line in example(f"llmopt {command}") if line] == printed
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=[document.parent.name for document in DOCUMENTS])
@@ -49,8 +61,15 @@ def test_files_that_are_named_exist() -> None:
 
 
 def test_flags_and_commands_exist() -> None:
-    commands = set(re.findall(r"llmopt (estimate|quantize|bench|serve|generate|models|gpus|env|demo)\b", README))
-    assert commands == {"estimate", "quantize", "bench", "serve", "generate", "models", "gpus", "env", "demo"}
+    commands = set(
+        re.findall(
+            r"llmopt (estimate|quantize|convert|eval|bench|serve|generate|replay|models|gpus|env|demo)\b", README
+        )
+    )
+    assert commands == {
+        *("estimate", "quantize", "convert", "eval", "bench", "serve", "generate", "replay"),
+        *("models", "gpus", "env", "demo"),
+    }
     known = "".join([llmopt("--help"), *(llmopt(command, "--help") for command in commands)])
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert {flag for flag in flags if flag not in known} == set()

@@ -14,47 +14,79 @@ from llmopt_cli.output import Output, lines, table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from llmopt_cli.quant.dryrun import Plan
     from llmopt_cli.quant.quantize import Job, Outcome
 
 MethodOpt = Annotated[
-    str | None, typer.Option("--method", help="`awq` (scaled by activations, clipped) or `rtn`. [default: awq]")
+    str | None, typer.Option("--method", help="`awq`, `gptq`, `awq+gptq`, `rtn` and others. [default: awq]")
 ]
-FormatOpt = Annotated[str, typer.Option("--format", help="Layout of the file: `awq` (gemm), which every engine loads.")]
+FormatOpt = Annotated[
+    str | None, typer.Option("--format", help="Layout of the files. [default: the method's; a wrong name lists all]")
+]
+BitsOpt = Annotated[int | None, typer.Option("--bits", help="Bits of a weight. [default: the method's, mostly 4]")]
+GroupOpt = Annotated[
+    int | None,
+    typer.Option("--group-size", help="Inputs that share a scale; -1: one scale a row. [default: the method's]"),
+]
+SymOpt = Annotated[
+    bool | None, typer.Option("--sym/--asym", help="Grids around zero, or with a zero point. [default: the method's]")
+]
 OutOpt = Annotated[
     Path | None, typer.Option("-o", "--output", help="Folder to write. [default: ./MODEL-METHOD-w4g128]")
 ]
-OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it holds a model.")]
+OverwriteOpt = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the folder if it holds a model, and another run that is unfinished."),
+]
 SamplesOpt = Annotated[int, typer.Option("--samples", min=1, help="Windows of calibration text.")]
 SeqLenOpt = Annotated[int, typer.Option("--seq-len", min=8, help="Tokens of a window, at most the model's context.")]
 CalibrationOpt = Annotated[
-    Path | None, typer.Option("--calibration", help='Text to calibrate on: `*.jsonl` of {"text": ...}, or plain text.')
+    str | None,
+    typer.Option("--calibration", help="Text to calibrate on: JSON lines of `text` or `messages`, a text, a data set."),
 ]
 EvaluationOpt = Annotated[
-    Path | None, typer.Option("--evaluation", help="Text to judge by. Both default to bundled, disjoint text.")
+    str | None, typer.Option("--evaluation", help="Text to judge by. Both default to bundled, disjoint text.")
 ]
-GroupOpt = Annotated[int, typer.Option("--group-size", help="Inputs that share a scale; -1: one scale a row.")]
+CorrectOpt = Annotated[
+    str | None, typer.Option("--correct", help="`qep`: let weights make good the errors of the layers before them.")
+]
+StrictOpt = Annotated[bool, typer.Option("--strict", help="Fail if any linear has to fall back to another method.")]
+MaxKldOpt = Annotated[
+    float | None, typer.Option("--max-kld", min=0, help="Fail, and leave no file, if the mean KL divergence is larger.")
+]
+DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Say what it will take and make, and write nothing.")]
 
 
 def quantize(
     model: RecipeModelArg = None,
     method: MethodOpt = None,
-    output_format: FormatOpt = "awq",
+    output_format: FormatOpt = None,
+    bits: BitsOpt = None,
+    group_size: GroupOpt = None,
+    symmetric: SymOpt = None,
     output: OutOpt = None,
     overwrite: OverwriteOpt = False,
-    samples: SamplesOpt = 32,
+    samples: SamplesOpt = 128,
     seq_len: SeqLenOpt = 512,
     seed: SeedOpt = 0,
     calibration: CalibrationOpt = None,
     evaluation: EvaluationOpt = None,
-    group_size: GroupOpt = 128,
+    correct: CorrectOpt = None,
+    strict: StrictOpt = False,
+    max_kld: MaxKldOpt = None,
+    dry_run: DryRunOpt = False,
     recipe: RecipeOpt = None,
     device: DeviceOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
-    """Make a model smaller, prove what that cost in quality, and write files that every engine loads."""
+    """Make a model smaller, prove what that cost in quality, and write files that every engine loads.
+
+    Interrupted or killed, the same command goes on where it was.
+    """
     from llmopt_cli.quant.calibrate import CALIBRATION, EVALUATION
-    from llmopt_cli.quant.quantize import Job
+    from llmopt_cli.quant.dryrun import plan
+    from llmopt_cli.quant.quantize import EVALUATION_WINDOWS, Job
     from llmopt_cli.quant.quantize import quantize as run
     from llmopt_cli.spec.recipe import Recipe
 
@@ -63,7 +95,9 @@ def quantize(
         model=deployment.model,
         method=deployment.scheme or "awq",
         format=output_format,
+        bits=bits,
         group_size=group_size,
+        symmetric=symmetric,
         out=output,
         overwrite=overwrite,
         samples=samples,
@@ -72,19 +106,30 @@ def quantize(
         calibration=calibration or CALIBRATION,
         evaluation=evaluation or EVALUATION,
         device=deployment.device,
+        correct=correct,
+        strict=strict,
+        max_kld=max_kld,
     )
     out = Output(as_json=as_json, quiet=quiet)
+    if dry_run:
+        planned = plan(job, EVALUATION_WINDOWS)
+        out.result(asdict(planned), lambda: _render_plan(planned))
+        return
     outcome = run(job, out.progress)
+    for warning in outcome.warnings:
+        out.warn(warning)
     out.result(asdict(outcome) | {"path": str(job.folder)}, lambda: _render(outcome, job))
 
 
 def _render(outcome: Outcome, job: Job) -> list[RenderableType]:
     from llmopt_cli.quant.card import quality_rows
 
-    quality, scheme = outcome.quality, outcome.scheme
+    quality, scheme, text = outcome.quality, outcome.scheme, outcome.calibration
     saved = 1 - outcome.bytes_after / outcome.bytes_before
     facts = (
         ("modules", outcome.summary),
+        ("calibrated", f"{text.windows * text.window:,} tokens of {text.file}, sha256 {text.sha256[:16]}"),
+        ("overlap", f"{outcome.overlap:.2%} of the evaluation's 13-grams are in the calibration text"),
         ("weights", f"{outcome.bytes_before / 1e6:,.2f} MB -> {outcome.bytes_after / 1e6:,.2f} MB ({saved:.1%} less)"),
         ("precision", f"{scheme.bits_per_weight:.3f} bits a quantized weight; embeddings and head as they were"),
         ("perplexity", f"{quality.perplexity_base:.3f} -> {quality.perplexity:.3f}"),
@@ -95,18 +140,54 @@ def _render(outcome: Outcome, job: Job) -> list[RenderableType]:
         f"{quality.tokens:,} tokens of {outcome.evaluation.file} in {quality.windows} windows of {quality.window};\n"
         f"{quality.convention}"
     )
+    columns = ("the worst of each role", "method", "damping", "tokens", "relative output error")
     return [
-        table("Modules", ("the worst of each role", "relative output error", "range kept"), _by_role(outcome)),
-        table("Quality against the base", ("", "", "95 % interval"), quality_rows(outcome), caption=measured),
+        table("Modules", columns, _by_role(outcome)),
+        table("Quality against the base", ("", "", "95 % interval"), quality_rows(quality), caption=measured),
         lines(facts),
     ]
 
 
-def _by_role(outcome: Outcome) -> list[tuple[str, str, str]]:
+def _by_role(outcome: Outcome) -> list[tuple[str, ...]]:
     """One row for each name that linears have in their blocks: the one with the largest error."""
     roles = dict.fromkeys(module.name.rpartition(".")[2] for module in outcome.modules)
     worst = [
-        max((module for module in outcome.modules if module.name.endswith(f".{role}")), key=lambda one: one.error)
+        max((module for module in outcome.modules if module.name.endswith(f".{role}")), key=lambda one: one.error or 0)
         for role in roles
     ]
-    return [(module.name, f"{module.error:.2%}", f"{module.range_kept:.3f}") for module in worst]
+    return [
+        (
+            one.name,
+            one.method,
+            f"{one.damping:g}",
+            f"{one.tokens:,}",
+            "none seen" if one.error is None else f"{one.error:.2%}",
+        )
+        for one in worst
+    ]
+
+
+def _render_plan(plan: Plan) -> list[RenderableType]:
+    kinds = [
+        (
+            kind.name,
+            str(kind.count),
+            " x ".join(map(str, kind.shape)),
+            f"{kind.bits:.3f}",
+            f"{kind.nbytes / 1e6:,.2f} MB",
+        )
+        for kind in plan.kinds
+    ]
+    facts = [
+        ("peak memory", f"{plan.peak_memory_bytes / 1e6:,.0f} MB beside Python and torch"),
+        ("disk", f"{plan.disk_bytes / 1e6:,.0f} MB while it runs"),
+        ("time", f"about {plan.minutes:,.1f} minutes"),
+        ("weights", f"{plan.bytes_before / 1e6:,.2f} MB -> {plan.bytes_after / 1e6:,.2f} MB"),
+    ]
+    facts += [("problem", f"{kind.name}: {kind.problem}") for kind in plan.kinds if kind.problem]
+    title = f"{plan.model} with {plan.method} in {plan.format} files"
+    return [
+        table(title, ("tensors", "count", "shape", "bits a weight", "size"), kinds),
+        table("Who loads it", ("engine", ""), list(plan.engines.items())),
+        lines(facts),
+    ]

@@ -8,21 +8,28 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
+import torch
 from torch import Tensor
+
+from llmopt_cli.model.ggml import decoded
+from llmopt_cli.spec.gguf import BLOCK_TYPES
+from llmopt_cli.spec.scheme import Scheme
 
 
 @dataclass(frozen=True, eq=False)
 class IntCodes:
-    """A weight [out, in] as `bits`-bit integers, G groups of neighbouring inputs with a scale and a zero each.
+    """A weight [out, in] as `bits`-bit integers, in G groups of inputs with a scale and a zero each.
 
     `codes` uint8 [out, in], `scales` float [out, G] (negative ones are allowed), `zeros` uint8 [out, G]: the weight is
-    (code - zero) * scale.
+    (code - zero) * scale. The groups are of neighbouring inputs, all of one size, unless `groups` int32 [in] says of
+    every input which group it is in (GPTQ files quantized in the order of activations).
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor
     bits: int = 4
+    groups: Tensor | None = None
 
     @property
     def group_size(self) -> int:
@@ -36,9 +43,17 @@ class IntCodes:
 
     def dequantize(self) -> Tensor:
         """The weight it means, float32 [out, in]."""
+        if self.groups is not None:
+            steps = self.codes.float() - self.zeros[:, self.groups].float()
+            return steps * self.scales[:, self.groups].float()
         rows, groups = self.scales.shape
         grouped = self.codes.view(rows, groups, -1).float() - self.zeros[..., None].float()
         return (grouped * self.scales[..., None].float()).view(rows, -1)
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The same for some of the rows."""
+        part = slice(start, stop)
+        return replace(self, codes=self.codes[part], scales=self.scales[part], zeros=self.zeros[part])
 
     def with_scales(self, scales: Tensor) -> Self:
         """The same codes under other scales [out, G]."""
@@ -50,11 +65,13 @@ class FloatCodes:
     """A weight [out, in] in 8-bit floats: `codes` float8_e4m3fn [out, in], times `scales` float32.
 
     `scales` is [out, 1] (a scale a row), [1, 1] (one for all) or [ceil(out/b), ceil(in/b)] for blocks of `block` = b.
+    `input_scale` float32 [1], if there is one, is what inputs are divided by before they are rounded to float8.
     """
 
     codes: Tensor
     scales: Tensor
     block: int = 0
+    input_scale: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The weight it means, float32 [out, in]."""
@@ -62,25 +79,102 @@ class FloatCodes:
         if self.block:
             rows, columns = self.codes.shape
             scales = scales.repeat_interleave(self.block, 0)[:rows].repeat_interleave(self.block, 1)[:, :columns]
-        return self.codes.float() * scales
+        return _float8(self.codes) * scales
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The same for some of the rows; `start` is a multiple of the block."""
+        if self.block:
+            part = slice(start // self.block, -(-stop // self.block))
+        else:
+            part = slice(start, stop) if len(self.scales) > 1 else slice(None)
+        return replace(self, codes=self.codes[start:stop], scales=self.scales[part])
+
+
+@dataclass(frozen=True, eq=False)
+class Nested:
+    """n positive numbers as 8-bit indices into a table, in blocks of `blocksize` with an absolute maximum each.
+
+    The double quantization of arXiv 2305.14314: `codes` uint8 [n], `absmax` float32 [ceil(n / blocksize)], `table`
+    float32 [256]; a number is table[code] * absmax + offset.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    table: Tensor
+    offset: float
+    blocksize: int = 256
+
+    def values(self) -> Tensor:
+        """The numbers, float32 [n]."""
+        scale = self.absmax.repeat_interleave(self.blocksize)[: self.codes.numel()]
+        return _looked_up(self.table, self.codes) * scale + self.offset
 
 
 @dataclass(frozen=True, eq=False)
 class TableCodes:
     """A weight [out, in] as 4-bit indices into a table of 16 values, in flat blocks with an absolute maximum each.
 
-    `codes` uint8 [out, in]; `absmax` float32 [out * in / blocksize], row by row; `table` float32 [16].
+    `codes` uint8 [out, in/2], two indices a byte, the first in the high nibble; `absmax` float32
+    [ceil(out * in / blocksize)], row by row, or how it is quantized itself; `table` float32 [16].
     """
 
     codes: Tensor
-    absmax: Tensor
+    absmax: Tensor | Nested
     table: Tensor
     blocksize: int = 64
 
     def dequantize(self) -> Tensor:
         """The weight it means, float32 [out, in]."""
-        values = self.table[self.codes.long()].view(-1, self.blocksize) * self.absmax[:, None]
-        return values.view(self.codes.shape)
+        indices = torch.stack((self.codes >> 4, self.codes & 15), dim=-1).flatten(1)
+        absmax = self.absmax.values() if isinstance(self.absmax, Nested) else self.absmax
+        scales = absmax.repeat_interleave(self.blocksize)[: indices.numel()]
+        return _looked_up(self.table, indices) * scales.view(indices.shape)
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The same for some of the rows; `start` is where a block begins."""
+        absmax = self.absmax.values() if isinstance(self.absmax, Nested) else self.absmax
+        width = 2 * self.codes.shape[1]
+        part = slice(start * width // self.blocksize, -(-stop * width // self.blocksize))
+        return replace(self, codes=self.codes[start:stop], absmax=absmax[part])
 
 
-Codes = IntCodes | FloatCodes | TableCodes
+@dataclass(frozen=True, eq=False)
+class GgmlCodes:
+    """A weight [out, in] in blocks of one of GGML's types, see `model.ggml`: `codes` uint8 [out, bytes of a row]."""
+
+    codes: Tensor
+    type: str
+
+    def dequantize(self) -> Tensor:
+        """The weight it means, float32 [out, in]."""
+        return decoded(self.codes, self.type)
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The same for some of the rows."""
+        return replace(self, codes=self.codes[start:stop])
+
+
+Codes = IntCodes | FloatCodes | TableCodes | GgmlCodes
+KINDS: dict[str, type[Codes]] = {
+    **dict.fromkeys(("nf4", "fp4"), TableCodes),
+    **dict.fromkeys(("fp8", "fp8_block"), FloatCodes),
+    **dict.fromkeys(BLOCK_TYPES, GgmlCodes),
+}
+
+
+def kind_of(scheme: Scheme) -> type[Codes]:
+    """The class that a weight of this scheme is: integers, unless its name says otherwise."""
+    return KINDS.get(scheme.name, IntCodes)
+
+
+def _looked_up(table: Tensor, indices: Tensor) -> Tensor:
+    """table[indices] for uint8 indices; index_select is several times faster than indexing on the CPU."""
+    return table.index_select(0, indices.flatten().int()).view(indices.shape)
+
+
+def _float8(codes: Tensor) -> Tensor:
+    """e4m3 as float32, looked up: the CPU converts them one by one. What is float32 already stays as it is."""
+    if codes.dtype != torch.float8_e4m3fn:
+        return codes
+    values = torch.arange(256, dtype=torch.uint8, device=codes.device).view(torch.float8_e4m3fn).float()
+    return _looked_up(values, codes.view(torch.uint8))

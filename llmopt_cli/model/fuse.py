@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt_cli.model.attention import AttentionContext, LayerFacts, PagedLayer, attend
-from llmopt_cli.model.linear import MergedLinear, PackedLinear, merge
+from llmopt_cli.model.linear import CodedLinear, JoinedLinear, MergedLinear, PackedLinear, merge
 from llmopt_kernels import rms_norm, rotary, silu_mul
 
 TOKENS = 5  # of the random input that a fused block is verified on
@@ -108,12 +108,16 @@ def fuse(model: nn.Module) -> dict[str, int]:
 
 def named_slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, the tensor its data goes into) for everything that is stored; members under their own names."""
+    joined = {path for path, module in model.named_modules() if isinstance(module, JoinedLinear)}
     for path, module in model.named_modules():
-        if isinstance(module, MergedLinear | PackedLinear):
-            parent = path.rpartition(".")[0]
+        parent, _, own = path.rpartition(".")
+        if parent in joined:
+            parent = parent.rpartition(".")[0]
+        if isinstance(module, MergedLinear | PackedLinear | CodedLinear):
             for name, tensor in module.slots():
                 yield _join(parent, name), tensor
             continue
+        path = _join(parent, own)
         for name, tensor in module.named_parameters(recurse=False):
             yield _join(path, name), tensor.data
         for name, tensor in module.named_buffers(recurse=False):
@@ -181,10 +185,21 @@ def _attention_example(block: Any, rotary_dim: int) -> Example:
     return _example(block, block.q_proj.in_features), others
 
 
+def _randomize(parameter: Tensor, holds_floats: bool) -> None:
+    """Random numbers of a size that keeps a block's outputs finite; bytes that hold floats stay small."""
+    if parameter.is_floating_point():
+        parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    elif parameter.dtype == torch.uint8:
+        parameter.random_(0, 16 if holds_floats or parameter.shape[-1] == 1 else 256)
+    else:  # indices: any that exist
+        parameter.zero_()
+
+
 def _example(block: nn.Module, width: int) -> Tensor:
-    """(1, TOKENS, width) random input where the block lies, in its floating dtype."""
-    parameter = next(p for p in block.parameters() if p.is_floating_point())
-    return torch.randn(1, TOKENS, width, device=parameter.device, dtype=parameter.dtype)
+    """(1, TOKENS, width) random input where the block lies, in its floating dtype if it has any."""
+    parameters = list(block.parameters())
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+    return torch.randn(1, TOKENS, width, device=parameters[0].device, dtype=dtype)
 
 
 @torch.no_grad()
@@ -193,11 +208,9 @@ def _equals(original: nn.Module, build: Build, example: Callable[[Any], Example]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         twin = copy.deepcopy(original).to_empty(device="cpu").float()
-        for parameter in twin.parameters():
-            if parameter.is_floating_point():
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-            else:
-                parameter.random_(0, 256 if parameter.shape[-1] > 1 else 16)
+        for module in twin.modules():
+            for parameter in module.parameters(recurse=False):
+                _randomize(parameter, getattr(module, "holds_floats", False))
         x, others = example(twin)
     ours = build(twin)
     assert ours is not None, "what was recognised on the meta device is recognised on the CPU"

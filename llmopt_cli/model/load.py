@@ -17,10 +17,10 @@ from torch import nn
 from llmopt_cli.errors import CheckpointError, ModelError, UnknownNameError, UsageError
 from llmopt_cli.model import attention
 from llmopt_cli.model.attention import AttentionContext
-from llmopt_cli.model.formats import awq
+from llmopt_cli.model.codes import kind_of
 from llmopt_cli.model.fuse import fuse, named_slots
-from llmopt_cli.model.linear import PackedLinear
-from llmopt_cli.model.stream import packed_linears, stream
+from llmopt_cli.model.linear import quantized_twin
+from llmopt_cli.model.stream import Store, quantized_places, stream
 from llmopt_cli.output import Report
 from llmopt_cli.spec.checkpoint import Checkpoint
 
@@ -60,13 +60,13 @@ def load_model(
     config = read_config(checkpoint, trust_remote_code)
     kind = pick_dtype(dtype, config, place)
     model = _build(config, kind, trust_remote_code)
-    if checkpoint.quantization is not None:
-        _swap_quantized(model, checkpoint)
-    fused = fuse(model)
-    model.to_empty(device=place)
-    _fill_computed_buffers(model)
-    model.tie_weights()
-    _fill(model, checkpoint, report)
+    with Store(checkpoint) as store:
+        _swap_quantized(model, store)
+        fused = fuse(model)
+        model.to_empty(device=place)
+        fill_computed_buffers(model)
+        model.tie_weights()
+        _fill(model, store, checkpoint, report)
     context = attention.attach(model)
     model.eval()
     _probe(model, checkpoint)
@@ -139,23 +139,19 @@ def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
         raise ModelError(f"config.json names {error}, which this transformers does not know") from None
 
 
-def _swap_quantized(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put an empty PackedLinear where the checkpoint stores codes."""
-    assert checkpoint.quantization is not None
-    method = checkpoint.quantization.get("quant_method")
-    if method != "awq":
-        raise ModelError(f"`{checkpoint.name}` is quantized with `{method}`, which the loader does not read")
-    scheme = awq.parse_config(checkpoint.quantization)
-    for name in packed_linears(checkpoint):
-        parent, _, child = name.rpartition(".")
-        linear = getattr(model.get_submodule(parent), child, None)
-        if not isinstance(linear, nn.Linear):
-            raise ModelError(f"`{checkpoint.name}` stores codes for `{name}`, which is no linear layer of the model")
+def _swap_quantized(model: nn.Module, store: Store) -> None:
+    """Put an empty linear that holds codes where the store has them."""
+    wanted = [name for name, _ in named_slots(model)]
+    for path, linear in quantized_places(model, store, wanted).items():
+        parent, _, child = path.rpartition(".")
+        scheme, plain = store.linears[linear], model.get_submodule(path)
+        assert isinstance(plain, nn.Linear)
         with torch.device("meta"):
-            setattr(model.get_submodule(parent), child, PackedLinear.like(child, linear, scheme.group_size))
+            twin = quantized_twin(child, plain, kind_of(scheme), scheme, store.scattered(linear))
+        setattr(model.get_submodule(parent), child, twin)
 
 
-def _fill_computed_buffers(model: Any) -> None:
+def fill_computed_buffers(model: Any) -> None:
     """Buffers that no checkpoint stores (rotary frequencies, embedding scales), by the model's own initialisation."""
     buffers = dict(model.named_non_persistent_buffers())
     for buffer in buffers.values():
@@ -178,12 +174,14 @@ def _model_of(model: Any, path: str) -> Any:
 
 
 @torch.no_grad()
-def _fill(model: Any, checkpoint: Checkpoint, report: Report | None) -> None:
+def _fill(model: Any, store: Store, checkpoint: Checkpoint, report: Report | None) -> None:
     """Copy every stored tensor into its slot; a slot left empty is an error."""
     slots = dict(named_slots(model))
     filled: set[int] = set()
-    for done, (name, tensor) in enumerate(stream(model, checkpoint, slots.keys()), 1):
-        slot = slots[name]
+    for done, (name, tensor) in enumerate(stream(model, store, slots.keys()), 1):
+        slot = slots.get(name)
+        if slot is None:
+            raise CheckpointError(f"`{checkpoint.path}` stores `{name}`, which its config says nothing of")
         if slot.shape != tensor.shape:
             raise CheckpointError(
                 f"`{name}` has shape {list(tensor.shape)} in `{checkpoint.path}` where the model has {list(slot.shape)}"

@@ -1,7 +1,7 @@
 """The weight stream: stored tensors under the model's names, one at a time.
 
-Reads safetensors lazily, unpacks each format of `formats/` into the in-memory form of `PackedLinear`, and renames or
-stacks by transformers' own conversion mapping of the architecture. Knows neither fusing nor devices.
+Reads safetensors lazily, unpacks each format of `formats/`, and renames or stacks by transformers' own conversion
+mapping of the architecture. Knows neither fusing nor devices.
 """
 
 from __future__ import annotations
@@ -11,73 +11,78 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmopt_cli.errors import CheckpointError, ModelError
-from llmopt_cli.model.formats import awq
+from llmopt_cli.model.codes import Codes
+from llmopt_cli.model.formats.gguf import read_tensor
+from llmopt_cli.model.formats.table import format_of
+from llmopt_cli.model.linear import resident
 from llmopt_cli.spec.checkpoint import Checkpoint
+from llmopt_cli.spec.gguf_checkpoint import GgufHeader
+from llmopt_cli.spec.scheme import Scheme
 
-PACKED = ("codes", "scales", "zeros")  # the in-memory tensors of a packed linear
-
-
-def stream(model: Any, checkpoint: Checkpoint, wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """(model name, tensor on the CPU) for all that is stored.
-
-    Peak memory: the stored parts of one model tensor, and while a packed linear is unpacked some 16 times its bytes.
-
-    `wanted` are the model's names. A stored tensor that the model has no place for raises ModelError.
-    """
-    with ExitStack() as stack:
-        stored = _Stored(checkpoint, stack)
-        for target, (converter, sources) in _plan(model, stored.names, wanted).items():
-            if converter is None:
-                yield target, stored.get(sources[0][0])
-                continue
-            once = copy.deepcopy(converter)
-            for name, pattern in sources:
-                once.add_tensor(target, name, pattern, stored.get(name))
-            for name, tensor in once.convert(target, model=model, config=model.config).items():
-                yield name, tensor[0] if isinstance(tensor, list) else tensor
+CACHE_SCALES = r"\.[kv]_scale$"  # an offer to engines whose fp8 cache has one scale a layer; ours scales every token
+ORDERS = ("g_idx", "weight_g_idx")  # suffixes of the tensors that say which group an input is in
 
 
-def packed_linears(checkpoint: Checkpoint) -> list[str]:
-    """The names of the linears that the checkpoint stores as integer codes."""
-    marker = f".{awq.SUFFIXES[0]}"
-    return [name.removesuffix(marker) for name in checkpoint.tensors if name.endswith(marker)]
+class Store:
+    """A checkpoint's tensors by name, open for reading; those of a quantized linear `X` show as `X.weight` alone."""
 
-
-class _Stored:
-    """The checkpoint's tensors by name, where a packed linear `X` shows as X.codes, X.scales and X.zeros."""
-
-    def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
-        self._headers = checkpoint.tensors
-        self._stack = stack
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._stack = ExitStack()
         self._files: dict[Path, Any] = {}
-        self._packed = set(packed_linears(checkpoint))
-        self._unpacked: tuple[str, dict[str, Tensor]] = ("", {})
-        raw = {f"{linear}.{suffix}" for linear in self._packed for suffix in awq.SUFFIXES}
-        plain = [name for name in checkpoint.tensors if name not in raw]
-        names = plain + [f"{linear}.{suffix}" for linear in self._packed for suffix in PACKED]
-        self.names = sorted(names, key=_natural)
+        self._parts: dict[str, dict[str, str]] = {}
+        if checkpoint.quantization is not None:
+            self._format = format_of(checkpoint.quantization)
+            self._schemes = self._format.parse_config(checkpoint.quantization)
+            self._parts = self._format.linears(checkpoint.tensors)
+        inner = {name for parts in self._parts.values() for name in parts.values()}
+        plain = [name for name in checkpoint.tensors if name not in inner]
+        self.names = sorted([*plain, *(f"{linear}.weight" for linear in self._parts)], key=_natural)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def linears(self) -> dict[str, Scheme]:
+        """The linears that are stored quantized, and how."""
+        return {linear: self._schemes.of(linear) for linear in self._parts}
+
+    def scattered(self, linear: str) -> bool:
+        """Whether the groups of a quantized linear are not of neighbouring inputs."""
+        parts = self._parts[linear]
+        found = [self.read(parts[suffix]) for suffix in ORDERS if suffix in parts]
+        return any(bool((groups.diff() < 0).any()) for groups in found)
+
+    def codes(self, linear: str) -> Codes:
+        """A quantized linear out of its file; CheckpointError names it if its tensors do not belong together."""
+        parts = {suffix: self.read(name) for suffix, name in self._parts[linear].items()}
+        try:
+            return self._format.unpack(parts, self._schemes.of(linear))
+        except CheckpointError as error:
+            raise CheckpointError(f"`{linear}`: {error.message}", error.hint) from None
 
     def get(self, name: str) -> Tensor:
-        """Read one tensor from disk, unpacking it if it belongs to a packed linear."""
-        linear, _, suffix = name.rpartition(".")
-        if linear not in self._packed or suffix not in PACKED:
-            return self._read(name)
-        if self._unpacked[0] != linear:
-            weight = awq.unpack({part: self._read(f"{linear}.{part}") for part in awq.SUFFIXES})
-            nibbles = weight.codes[:, 0::2] | (weight.codes[:, 1::2] << 4)
-            self._unpacked = linear, {"codes": nibbles, "scales": weight.scales, "zeros": weight.zeros}
-        return self._unpacked[1][suffix]
+        """One of `names`; a quantized weight is expanded to float32."""
+        linear = name.removesuffix(".weight")
+        return self.codes(linear).dequantize() if linear in self._parts else self.read(name)
 
-    def _read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
+        """One tensor as it is stored."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            file = self._headers[name].file
+            header = self._checkpoint.tensors[name]
+            if isinstance(header, GgufHeader):
+                return read_tensor(header)
+            file = header.file
             if file not in self._files:
                 self._files[file] = self._stack.enter_context(safe_open(file, framework="pt"))
             tensor: Tensor = self._files[file].get_tensor(name)
@@ -88,10 +93,46 @@ class _Stored:
         return tensor
 
 
+def stream(model: Any, store: Store, wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """(model name, tensor on the CPU) for all that is stored.
+
+    Peak memory: the stored parts of one model tensor, and while a quantized linear is unpacked some 16 times its bytes.
+
+    `wanted` are the model's names: `X.codes` for a linear that holds codes. A quantized weight of any other place in
+    the model (stacked experts) comes expanded. A stored tensor that the model has no place for raises ModelError.
+    """
+    coded = {name.removesuffix("codes") + "weight" for name in wanted if name.endswith(".codes")}
+    for target, (converter, sources) in plan(model, store.names, {*wanted, *coded}).items():
+        if target in coded:
+            linear = target.removesuffix("weight")
+            held = resident(store.codes(sources[0][0].removesuffix(".weight")))
+            yield from ((f"{linear}{field}", tensor) for field, tensor in held.items())
+        elif converter is None:
+            yield target, store.get(sources[0][0])
+        else:
+            once = copy.deepcopy(converter)
+            for name, pattern in sources:
+                once.add_tensor(target, name, pattern, store.get(name))
+            for name, tensor in once.convert(target, model=model, config=model.config).items():
+                yield name, tensor[0] if isinstance(tensor, list) else tensor
+
+
+def quantized_places(model: nn.Module, store: Store, wanted: Collection[str]) -> dict[str, str]:
+    """Where the model has a linear of its own for a quantized one of the store: its path -> the stored name."""
+    names = [f"{linear}.weight" for linear in store.linears]
+    own = {path for path, module in model.named_modules() if type(module) is nn.Linear}
+    places = {}
+    for target, (converter, sources) in plan(model, names, wanted).items():
+        path = target.removesuffix(".weight")
+        if converter is None and path in own:
+            places[path] = sources[0][0].removesuffix(".weight")
+    return places
+
+
 Source = tuple[str, str]  # (stored name, the converter's pattern that matched it)
 
 
-def _plan(model: Any, names: list[str], wanted: Collection[str]) -> dict[str, tuple[Any, list[Source]]]:
+def plan(model: Any, names: list[str], wanted: Collection[str]) -> dict[str, tuple[Any, list[Source]]]:
     """Model name -> (transformers' converter or None, what it is made from), for every stored name."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -101,21 +142,21 @@ def _plan(model: Any, names: list[str], wanted: Collection[str]) -> dict[str, tu
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     known = dict.fromkeys(wanted, True)
-    plan: dict[str, tuple[Any, list[Source]]] = {}
+    found: dict[str, tuple[Any, list[Source]]] = {}
     for name in names:
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if target not in known and name in known:
             target, pattern = name, None
         if target in known:
-            plan.setdefault(target, (by_pattern.get(pattern), []))[1].append((name, pattern or name))
+            found.setdefault(target, (by_pattern.get(pattern), []))[1].append((name, pattern or name))
         elif not _ignorable(model, target):
             raise ModelError(f"the checkpoint stores `{name}`, which the model has no place for")
-    return plan
+    return found
 
 
 def _ignorable(model: Any, name: str) -> bool:
-    """Whether transformers, too, drops this tensor in silence (rotary tables, heads for training)."""
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
+    """Whether this tensor is dropped in silence: what transformers, too, leaves out, and scales for an fp8 cache."""
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$", CACHE_SCALES]
     return any(re.search(pattern, name) for pattern in patterns)
 
 

@@ -6,13 +6,14 @@ grid's search. Nothing is accepted that does not lower the output error on the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmopt_cli.quant.gptq import gptq
 from llmopt_cli.quant.grid import output_error, quantize_weight
 from llmopt_cli.quant.structure import Group, Producer
 from llmopt_cli.quant.walk import Seen, first_output
@@ -36,17 +37,27 @@ class Choice:
         return not bool((self.scale == 1).all())
 
 
-@torch.inference_mode()
 def choose(block: nn.Module, group: Group, seen: Seen, scheme: Scheme) -> Choice:
-    """Search scale and clipping for the linears of `group`; the block is left as it was.
+    """Search scale and clipping for the linears of `group`; the block is left as it was."""
+    return _choose(block, group, seen, scheme, _clip)
 
-    The scale that is best for plain rounding competes with none at all once more, after clipping.
-    """
+
+def choose_for_gptq(block: nn.Module, group: Group, seen: Seen, scheme: Scheme) -> Choice:
+    """The scale after which GPTQ leaves the smallest error, or none; all linears count as clipped."""
+    return _choose(block, group, seen, scheme, _solve)
+
+
+Finish = Callable[["_Error", Tensor, Scheme], tuple[float, Choice]]
+
+
+@torch.inference_mode()
+def _choose(block: nn.Module, group: Group, seen: Seen, scheme: Scheme, finish: Finish) -> Choice:
+    """The scale that is best for plain rounding competes with none at all once more, after `finish`."""
     weights = {name: _weight(block, name).clone() for name in group.linears}
     error = _Error(block, group, seen, weights)
     unscaled, *scales = candidates(seen.mean_abs, list(weights.values()), group.producer, scheme)
     ranked = sorted(scales, key=lambda scale: error(_rounded(weights, scale, scheme)))
-    _, best = min((_clip(error, scale, scheme) for scale in (unscaled, *ranked[:1])), key=lambda found: found[0])
+    _, best = min((finish(error, scale, scheme) for scale in (unscaled, *ranked[:1])), key=lambda found: found[0])
     for name, weight in weights.items():
         _weight(block, name).copy_(weight)
     return best
@@ -112,6 +123,15 @@ def _clip(error: _Error, scale: Tensor, scheme: Scheme) -> tuple[float, Choice]:
             current, least = trial, found
             clipped.add(name)
     return least, Choice(scale, frozenset(clipped))
+
+
+def _solve(error: _Error, scale: Tensor, scheme: Scheme) -> tuple[float, Choice]:
+    """GPTQ of all linears: the error that it leaves."""
+    approximate = {}
+    for name, weight in error.weights.items():
+        solved = gptq(*rescale(weight, error.seen.gram, scale), scheme)
+        approximate[name] = solved.codes.dequantize() / scale
+    return error(approximate), Choice(scale, frozenset(approximate))
 
 
 def _rounded(weights: Mapping[str, Tensor], scale: Tensor, scheme: Scheme) -> dict[str, Tensor]:

@@ -1,96 +1,102 @@
-"""Quantizing a model in place, block by block: every block is fitted to what the quantized blocks before it put out.
+"""Quantizing one decoder block in place: linears in the order they run, each seeing the ones before it quantized.
 
-Within a block, linears are taken in the order they run, each seeing the ones before it quantized. Knows no files.
+Knows how a group's scale is taken up and how one weight is put on its grid; neither files nor other blocks.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmopt_cli.errors import ModelError
-from llmopt_cli.model.codes import IntCodes
-from llmopt_cli.model.formats.awq import misfit
-from llmopt_cli.output import Report
-from llmopt_cli.quant import awq
-from llmopt_cli.quant.awq import Choice
-from llmopt_cli.quant.grid import divide_rows, quantize_weight, relative_error
-from llmopt_cli.quant.structure import Group, Producer, find_blocks, find_groups, find_linears, fold
-from llmopt_cli.quant.walk import Batch, Seen, advance, enter, observe, run_block
+from llmopt_cli.model.codes import Codes, FloatCodes, IntCodes
+from llmopt_cli.model.formats.layout import Format
+from llmopt_cli.quant.awq import Choice, rescale
+from llmopt_cli.quant.correct import propagated
+from llmopt_cli.quant.fp8 import with_fixed_inputs
+from llmopt_cli.quant.grid import divide_rows, relative_error
+from llmopt_cli.quant.methods import METHODS, Method
+from llmopt_cli.quant.skeleton import rounded_inputs
+from llmopt_cli.quant.solved import Solved
+from llmopt_cli.quant.structure import Group, Producer, find_stages, fold
+from llmopt_cli.quant.walk import Seen
 from llmopt_cli.spec.scheme import Scheme
 
-Method = Callable[[nn.Module, Group, Seen, Scheme], Choice]
-
-
-def _round_only(block: nn.Module, group: Group, seen: Seen, scheme: Scheme) -> Choice:
-    """Round to nearest: no scale, no clipping."""
-    return Choice(torch.ones_like(seen.mean_abs), frozenset())
-
-
-TRIAL_TOKENS = 32  # of the example on which claims about a block's structure are tried out
-METHODS: dict[str, Method] = {"awq": awq.choose, "rtn": _round_only}
+FEWEST_TOKENS = 32  # that a linear must have seen for its statistics to mean anything: an expert may see none
+FALLBACK = "rtn"
+Watch = Callable[[Sequence[Group]], list[Seen]]
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """What was done to one linear. `method` is the one really in effect: `rtn` where the search found nothing better.
+    """What was done to one linear. `method` is the one really in effect; `fallback` says that it is not the one wanted.
 
-    `error` is |(W' - W) x| / |W x| on the calibration tokens it saw, `range_kept` the mean width of its groups' grids
-    relative to their extremes, `scaled_by` the module that took up the inverse of its channels' scale.
+    `error` is |(W' - W) x| / |W x| on the calibration tokens it saw (None if it saw none), W being what was to be
+    quantized; `damping` is what was added to the mean diagonal of its Hessian, `scaled_by` the module that took up the
+    inverse of its channels' scale.
     """
 
     name: str
     method: str
-    error: float
-    range_kept: float
+    fallback: bool
+    bits: int
+    damping: float
+    error: float | None
     scaled_by: str | None
     tokens: int
+    inputs: int
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What is wanted of every block. `stored` holds the dtype on disk of each parameter, by its name in the tree."""
+
+    method: Method
+    format: Format
+    scheme: Scheme
+    stored: Mapping[str, torch.dtype]
+    exceptions: Mapping[str, Scheme] = field(default_factory=dict)
+    strict: bool = False
+    correct: bool = False
+
+    def scheme_of(self, linear: str) -> Scheme:
+        """The precision of the linear of this name in the tree."""
+        return self.exceptions.get(linear, self.scheme)
 
 
 @dataclass(eq=False)
-class Quantization:
-    """What became of a model: integers of every linear, vectors that took up scales, and a report of each linear."""
+class Made:
+    """What became of a block: codes of every linear, vectors that took up scales, and a report of each linear."""
 
-    linears: dict[str, IntCodes] = field(default_factory=dict)
+    linears: dict[str, Codes] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     reports: list[ModuleReport] = field(default_factory=list)
 
 
-def refuse_misfits(model: Any, scheme: Scheme) -> None:
-    """ModelError names the first linear of the decoder blocks that the format can't hold: none is skipped silently."""
-    prefix, blocks = find_blocks(model)
-    for index, block in enumerate(blocks):
-        for name, linear in find_linears(block, f"{prefix}.{index}").items():
-            reason = misfit(linear.out_features, linear.in_features, scheme.group_size)
-            if reason:
-                raise ModelError(
-                    f"`{prefix}.{index}.{name}` can't be stored in groups of {scheme.group_size}: {reason}",
-                    "try another --group-size",
-                )
+def digest(weight: Tensor) -> str:
+    """A hash of the float32 numbers, equal only for equal weights."""
+    return hashlib.sha256(weight.detach().to("cpu", torch.float32).contiguous().numpy().data).hexdigest()
 
 
 @torch.inference_mode()
-def quantize_model(
-    model: Any, scheme: Scheme, windows: Tensor, stored: Mapping[str, torch.dtype], report: Report
-) -> Quantization:
-    """Quantize the decoder blocks of a float32 `model` in place, by `scheme.method`, on token ids [N, L].
+def quantize_block(block: nn.Module, where: str, groups: Sequence[Group], watch: Watch, settings: Settings) -> Made:
+    """Quantize the linears of `groups` in `block`, in place; afterwards its weights are those that the codes mean.
 
-    Afterwards its weights are exactly those that the returned integers mean. `stored` holds the dtype on disk of each
-    parameter: what takes up a scale is rounded to it.
+    `watch` says what groups see, with all before them quantized. ModelError if that is not finite, or with
+    `settings.strict` as soon as a linear has to fall back.
     """
-    prefix, blocks = find_blocks(model)
-    batches = enter(model, blocks, windows)
-    (trial,) = enter(model, blocks, windows[:1, :TRIAL_TOKENS])
-    done = Quantization()
-    for index, block in enumerate(blocks):
-        _Block(block, f"{prefix}.{index}", index, scheme, stored, done).quantize(batches, trial)
-        advance(block, index, [*batches, trial])
-        report(index + 1, len(blocks))
-    return done
+    made = Made()
+    at_work = _Block(block, where, settings, made)
+    for stage in find_stages(block, groups):
+        for group, seen in zip(stage, watch(stage), strict=True):
+            at_work.quantize(group, seen)
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,49 +105,76 @@ class _Block:
 
     module: Any
     name: str
-    index: int
-    scheme: Scheme
-    stored: Mapping[str, torch.dtype]
-    done: Quantization
+    settings: Settings
+    made: Made
 
-    def quantize(self, batches: Sequence[Batch], trial: Batch) -> None:
-        choose = METHODS[str(self.scheme.method)]
-        for group in find_groups(self.module, lambda: run_block(self.module, trial, self.index), self.name):
-            seen = observe(self.module, self.index, batches, group.linears[0], group.parent, awq.CALL_TOKENS)
-            choice = choose(self.module, group, seen, self.scheme)
-            absorber = group.producer if choice.scaled else None
-            scale = self._absorb(absorber, choice.scale) if absorber else choice.scale
-            for name in group.linears:
-                self._settle(name, Choice(scale, choice.clipped), seen, absorber)
+    def quantize(self, group: Group, seen: Seen) -> None:
+        first = f"{self.name}.{group.linears[0]}"
+        if not bool(seen.gram.isfinite().all()):
+            raise ModelError(f"the inputs of `{first}` are not finite numbers", "check the model, or try --device cpu")
+        method = self._method(seen)
+        choice = Choice(torch.ones_like(seen.mean_abs), frozenset(group.linears))
+        if method.scaler is not None:
+            choice = method.scaler(self.module, group, seen, self.settings.scheme_of(first))
+        absorber = group.producer if choice.scaled else None
+        scale = self._absorb(absorber, choice.scale) if absorber else choice.scale
+        for linear in group.linears:
+            self._settle(linear, method, replace(choice, scale=scale), seen, absorber)
+
+    def _method(self, seen: Seen) -> Method:
+        """The one wanted, unless too little was seen for it."""
+        wanted = self.settings.method
+        return wanted if seen.tokens >= FEWEST_TOKENS or not wanted.needs_gram else METHODS[FALLBACK]
 
     def _absorb(self, producer: Producer, scale: Tensor) -> Tensor:
         """Divide the producer's output by `scale`; returns what its readers must multiply by."""
         module, name = self.module.get_submodule(producer.name), f"{self.name}.{producer.name}"
-        scale = fold(self.module, producer, scale, self.stored[f"{name}.weight"])
+        scale = fold(self.module, producer, scale, self.settings.stored[f"{name}.weight"])
         if producer.kind == "rows":
             # Scaled after it was quantized: codes don't depend on a factor that a whole row has in common.
-            self.done.linears[name] = divide_rows(self.done.linears[name], producer.tie(scale))
-            module.weight.copy_(self.done.linears[name].dequantize())
-        vectors = {key: value for key, value in module.named_parameters() if value.ndim == 1}
-        self.done.vectors |= {f"{name}.{key}": value for key, value in vectors.items()}
+            codes = self.made.linears[name]
+            assert isinstance(codes, IntCodes)
+            self.made.linears[name] = divide_rows(codes, producer.tie(scale))
+            module.weight.copy_(self.made.linears[name].dequantize())
+        self.made.vectors |= {f"{name}.{key}": value for key, value in module.named_parameters() if value.ndim == 1}
         return scale
 
-    def _settle(self, linear: str, choice: Choice, seen: Seen, absorber: Producer | None) -> None:
+    def _settle(self, linear: str, method: Method, choice: Choice, seen: Seen, absorber: Producer | None) -> None:
         """Put one linear's weight onto its grid, for good."""
-        name, parameter = f"{self.name}.{linear}", self.module.get_submodule(linear).weight
-        weight, gram = awq.rescale(parameter, seen.gram, choice.scale)
-        clipped = linear in choice.clipped
-        plain = quantize_weight(weight, self.scheme)
-        settled = quantize_weight(weight, self.scheme, gram) if clipped else plain
-        parameter.copy_(settled.dequantize())
-        self.done.linears[name] = settled
-        self.done.reports.append(
-            ModuleReport(
-                name=name,
-                method="awq" if clipped or choice.scaled else "rtn",
-                error=relative_error(weight, parameter, gram),
-                range_kept=float((settled.scales.float() / plain.scales.float()).mean()),
-                scaled_by=f"{self.name}.{absorber.name}" if absorber else None,
-                tokens=seen.tokens,
-            )
+        name, module = f"{self.name}.{linear}", self.module.get_submodule(linear)
+        scheme = self.settings.scheme_of(name)
+        weight, gram = module.weight.clone(), seen.gram
+        if choice.scaled:
+            weight, gram = rescale(weight, gram, choice.scale)
+        if seen.cross is not None:
+            weight = propagated(weight, gram, seen.cross / choice.scale / choice.scale[:, None])
+        solved = method.solver(weight, gram if method.needs_gram and linear in choice.clipped else None, scheme)
+        module.weight.copy_(solved.codes.dequantize())
+        self.made.linears[name] = solved.codes
+        if scheme.static_inputs:
+            assert isinstance(solved.codes, FloatCodes)
+            self.made.linears[name] = with_fixed_inputs(solved.codes, seen.max_abs / choice.scale, name)
+        if not scheme.weight_only:
+            given = getattr(self.made.linears[name], "input_scale", None)
+            module.register_forward_pre_hook(partial(rounded_inputs, scheme=scheme, given=given))
+        self._report(name, solved, relative_error(weight, module.weight, gram) if seen.tokens else None, seen, absorber)
+
+    def _report(self, name: str, solved: Solved, error: float | None, seen: Seen, absorber: Producer | None) -> None:
+        wanted = self.settings.method.name
+        report = ModuleReport(
+            name=name,
+            method=solved.method,
+            fallback=solved.method != wanted,
+            bits=self.settings.scheme_of(name).weight_bits,
+            damping=solved.damping,
+            error=error,
+            scaled_by=f"{self.name}.{absorber.name}" if absorber else None,
+            tokens=seen.tokens,
+            inputs=len(seen.mean_abs),
         )
+        if report.fallback and self.settings.strict:
+            raise ModelError(
+                f"`{name}` fell back from {wanted} to {report.method} (it saw {seen.tokens} tokens)",
+                "leave out --strict, or give more calibration text",
+            )
+        self.made.reports.append(report)

@@ -6,7 +6,7 @@ Compares two functions from token ids to logits on the same windows, token by to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +63,18 @@ class TokenScores:
 @torch.inference_mode()
 def compare(base: Logits, other: Logits, windows: Tensor, report: Report) -> Quality:
     """Measure on token ids int64 [N, L], N of at least 2. ModelError if logits are not finite."""
-    assert windows.shape[0] > 1
+    pairs = ((base(ids), other(ids), ids) for ids in torch.split(windows, 1))
+    return compare_pairs(pairs, len(windows), report)
+
+
+@torch.inference_mode()
+def compare_pairs(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], count: int, report: Report) -> Quality:
+    """Measure on (base logits, other logits, token ids) of `count` windows, one at a time, at least 2."""
+    assert count > 1
     scored = []
-    for done, ids in enumerate(torch.split(windows, 1), start=1):
-        scored.append(score(base(ids), other(ids), ids))
-        report(done, len(windows))
+    for done, (base, other, ids) in enumerate(pairs, start=1):
+        scored.append(score(base, other, ids))
+        report(done, count)
     return summarize(
         TokenScores(*(torch.cat([getattr(one, name) for one in scored]) for name in ("base", "other", "kl", "same")))
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt_cli.errors import ModelError
+from llmopt_cli.quant.experts import Experts
 
 Run = Callable[[], Tensor]  # one forward pass of a block on an example: its output
 TOLERANCE = 1e-3  # of the change that an uncompensated scale makes
@@ -61,15 +62,45 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 def find_linears(block: nn.Module, where: str) -> dict[str, nn.Linear]:
-    """The block's linear layers by name; ModelError if it holds weights of another kind, which would be left out."""
-    linears = {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
+    """The block's linear layers by name, without routers: those are small, and experts stand or fall with them.
+
+    ModelError if the block holds weights of another kind, which would be left out.
+    """
+    routing = find_routers(block)
+    linears = {
+        name: module for name, module in block.named_modules() if type(module) is nn.Linear and name not in routing
+    }
     for name, parameter in block.named_parameters():
-        if parameter.ndim > 1 and name.removesuffix(".weight") not in linears:
+        if parameter.ndim > 1 and name.removesuffix(".weight") not in linears.keys() | routing:
             raise ModelError(
                 f"`{where}.{name}` is no weight of a linear layer, so it can't be quantized",
                 "models whose blocks hold only linear layers and norms can be; `llmopt models` lists some",
             )
     return linears
+
+
+def find_routers(block: nn.Module) -> set[str]:
+    """What stands beside experts and puts out one number, or one an expert: it chooses among them or weighs them."""
+    found = set()
+    for home, holder in block.named_modules():
+        for experts in (child for child in holder.children() if isinstance(child, Experts)):
+            for name, child in holder.named_children():
+                weight = getattr(child, "weight", None)
+                if weight is not None and weight.ndim == 2 and weight.shape[0] in (1, len(experts)):
+                    found.add(f"{home}.{name}" if home else name)
+    return found
+
+
+def find_stages(block: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups that can be observed in one run, in order: the same linears of all experts, else one group by itself."""
+    holders = [name for name, module in block.named_modules() if isinstance(module, Experts)]
+    stages: dict[str, list[Group]] = {}
+    for group in groups:
+        name = group.linears[0]
+        home = next((f"{holder}." for holder in holders if name.startswith(f"{holder}.")), None)
+        role = f"{home}*.{name.removeprefix(home).partition('.')[2]}" if home else name
+        stages.setdefault(role, []).append(group)
+    return list(stages.values())
 
 
 @torch.inference_mode()

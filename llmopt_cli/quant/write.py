@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmopt_cli.errors import CheckpointError, UsageError
-from llmopt_cli.model.formats import awq
-from llmopt_cli.quant.blocks import Quantization
-from llmopt_cli.spec.checkpoint import Checkpoint
-from llmopt_cli.spec.scheme import Scheme
+from llmopt_cli.model.stream import Store
+from llmopt_cli.quant.blocks import digest
+from llmopt_cli.spec.checkpoint import Checkpoint, TensorHeader, read_header
 
-SHARD_BYTES = 4 * 10**9
+SHARD_BYTES = 10**9
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")  # what belongs to a model but its weights
-REPLACED = ("config.json", "quality.json", "model.safetensors.index.json")
+REPLACED = ("config.json", "quantize_config.json", "quality.json", "model.safetensors.index.json")
 
 
 def refuse_existing(folder: Path, source: Path, overwrite: bool) -> None:
@@ -73,60 +72,76 @@ def stored_dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
     return {name: DTYPES[header.dtype] for name, header in checkpoint.tensors.items() if header.dtype in DTYPES}
 
 
-def write_model(folder: Path, checkpoint: Checkpoint, made: Quantization, scheme: Scheme, left: list[str]) -> None:
-    """Write weights, config and what lies beside them. `left` names the linears that stay as they are."""
-    config = dict(checkpoint.config) | {"quantization_config": awq.config(scheme, left)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _write_weights(folder, _tensors(checkpoint, made))
-    for file in folder.glob("*.safetensors"):
-        shutil.copymode(folder / "config.json", file)  # safetensors makes files that nobody else may read
+def write_model(folder: Path, checkpoint: Checkpoint, made: Iterable[Path], config: Mapping[str, Any]) -> None:
+    """Write weights, config and what lies beside them.
+
+    `made` are the files of the blocks: their tensors take the place of those of `checkpoint` that bear the same name,
+    or the same but for `.weight`. `config` is what config.json says other than that of `checkpoint`.
+    """
+    document = dict(checkpoint.config) | dict(config)
+    (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_weights(folder, _tensors(checkpoint, made))
+    copy_companions(folder, checkpoint)
+
+
+def copy_companions(folder: Path, checkpoint: Checkpoint) -> None:
+    """Copy what lies beside the weights of `checkpoint`: tokenizer, templates, licence."""
     for pattern in COMPANIONS:
         for file in checkpoint.path.glob(pattern):
             if file.name not in REPLACED:
                 shutil.copyfile(file, folder / file.name)
 
 
-def verify(folder: Path, weights: Mapping[str, Tensor], made: Quantization) -> Checkpoint:
-    """Read `folder` back and compare every tensor exactly with the float32 `weights` of the model that was judged.
+def verify(folder: Path, checkpoint: Checkpoint, digests: Mapping[str, str]) -> Checkpoint:
+    """Read `folder` back: weights must be those that were judged, by their `digests`; the rest those of `checkpoint`.
 
     Raises CheckpointError at the first difference.
     """
     written = Checkpoint.open(folder)
-    found = {name for name in written.tensors if not name.endswith(tuple(f".{suffix}" for suffix in awq.SUFFIXES))}
-    read = dict(_read(written, sorted(found)))
-    for name in made.linears:
-        parts = dict(_read(written, [f"{name}.{suffix}" for suffix in awq.SUFFIXES]))
-        packed = {suffix: parts[f"{name}.{suffix}"] for suffix in awq.SUFFIXES}
-        read[f"{name}.weight"] = awq.unpack(packed).dequantize()
-    for name, tensor in read.items():
-        if name in weights and not torch.equal(tensor.float(), weights[name].cpu()):
-            raise CheckpointError(f"`{name}` reads back from `{folder}` other than it was written", "check the disk")
+    with Store(written) as store, Store(checkpoint) as base:
+        for name in store.names:
+            if name in digests:
+                same = digest(store.get(name)) == digests[name]
+            else:
+                same = name in checkpoint.tensors and _same_bytes(store.read(name), base.read(name))
+            if not same:
+                raise CheckpointError(f"`{name}` reads back from `{folder}` other than it was judged", "check the disk")
     return written
 
 
-def _tensors(checkpoint: Checkpoint, made: Quantization) -> Iterator[tuple[str, Tensor]]:
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(*(part.reshape(-1).view(torch.uint8) for part in (one, other)))
+
+
+def _tensors(checkpoint: Checkpoint, made: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     """The new checkpoint's tensors, in the base's order."""
-    stored = stored_dtypes(checkpoint)
-    for name, tensor in _read(checkpoint, list(checkpoint.tensors)):
-        linear = name.removesuffix(".weight")
-        if linear in made.linears:
-            packed = awq.pack(made.linears[linear])
-            yield from ((f"{linear}.{suffix}", part.cpu()) for suffix, part in packed.items())
-        elif name in made.vectors:
-            yield name, made.vectors[name].to(stored[name]).cpu()
-        else:
-            yield name, tensor
+    new: dict[str, list[tuple[str, TensorHeader]]] = {}
+    for file in made:
+        for name, header in read_header(file).items():
+            new.setdefault(_replaced_by(name, checkpoint.tensors), []).append((name, header))
+    with ExitStack() as stack:
+        files: dict[Path, Any] = {}
+
+        def read(name: str, header: TensorHeader) -> Tensor:
+            if header.file not in files:
+                files[header.file] = stack.enter_context(safe_open(header.file, framework="pt"))
+            tensor: Tensor = files[header.file].get_tensor(name)
+            return tensor
+
+        for name, header in checkpoint.tensors.items():
+            yield from ((part, read(part, source)) for part, source in new.get(name, [(name, header)]))
 
 
-def _read(checkpoint: Checkpoint, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    for file in checkpoint.files:
-        with safe_open(file, framework="pt") as stored:
-            for name in names:
-                if checkpoint.tensors[name].file == file:
-                    yield name, stored.get_tensor(name)
+def _replaced_by(part: str, tensors: Mapping[str, TensorHeader]) -> str:
+    """The tensor that `part` replaces: of its name, or a weight of which it is a part (`X.qweight` of `X.weight`)."""
+    name = part
+    while name not in tensors and f"{name}.weight" not in tensors:
+        name, dot, _ = name.rpartition(".")
+        assert dot, f"{part} belongs to no tensor of the checkpoint"
+    return name if name in tensors else f"{name}.weight"
 
 
-def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+def write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
     """One `model.safetensors`, or shards of SHARD_BYTES and their index. Peak memory: one shard."""
     shards: list[list[str]] = []
     batch: dict[str, Tensor] = {}
@@ -144,6 +159,8 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
         total += tensor.nbytes
     flush()
     _name_shards(folder, shards, total)
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", file)  # safetensors makes files that nobody else may read
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from llmopt_cli.spec.model import Matrix, ModelSpec
 
+
 @dataclass(frozen=True, slots=True)
 class BlockType:
     """How a row is cut: blocks of `size` weights take `nbytes` bytes, scales included.
@@ -125,7 +126,7 @@ LAYERS_70B = 80
 
 
 def fitting(name: str, columns: int) -> str:
-    """The type for rows of so many weights where `name` is wanted: its fallback, or f16, if they are not whole blocks."""
+    """The type for rows of so many weights where `name` is wanted: its fallback, or f16, if no whole blocks."""
     while columns % BLOCK_TYPES[name].size:
         name = BLOCK_TYPES[name].fallback or "f16"
     return name

@@ -19,7 +19,8 @@ from llmopt_cli.errors import CheckpointError
 from llmopt_cli.spec.checkpoint import TensorHeader
 from llmopt_cli.spec.gguf import BLOCK_TYPES
 from llmopt_cli.spec.gguf_file import GgufTensor, read_gguf
-from llmopt_cli.spec.gguf_model import ROPE_FREQS, Architecture, Place, config_of, found_architecture, names_of
+from llmopt_cli.spec.gguf_model import ROPE_FREQS, Architecture, config_of, found_architecture
+from llmopt_cli.spec.gguf_names import Place, names_of
 from llmopt_cli.spec.gguf_tokenizer import tokenizer_files
 
 PLAIN = ("f32", "f16", "bf16")
@@ -122,5 +123,5 @@ def _unpacked(stem: str, files: Mapping[str, str]) -> Path:
                 unfinished.write_text(text, encoding="utf-8")
                 unfinished.replace(folder / name)
     except OSError as error:
-        raise CheckpointError(f"cannot unpack the tokenizer: {error}", "set XDG_CACHE_HOME to a writable folder") from None
+        raise CheckpointError(f"cannot unpack the tokenizer: {error}", "set XDG_CACHE_HOME") from None
     return folder

@@ -17,9 +17,9 @@ from llmopt_cli.errors import CheckpointError
 from llmopt_cli.spec.gguf import BLOCK_TYPES
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # type: struct
+SCALARS: dict[int, str] = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-TYPES = {bool: 7, int: 4, float: 6, str: STRING}  # how a value of Python's is written
+TYPES: dict[type, int] = {bool: 7, int: 4, float: 6, str: STRING}  # how a value of Python's is written
 ARRAY_TYPES = TYPES | {int: 5}  # lists of integers are signed, as token types are
 NAMES = {kind.number: name for name, kind in BLOCK_TYPES.items()}
 
@@ -41,7 +41,7 @@ class GgufTensor:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
-    """Metadata and tensors of a file; CheckpointError if it is none, cut off, or holds a block type that is not read."""
+    """Metadata and tensors of a file; CheckpointError if it is none, cut off, or has a type that is not read."""
     try:
         with path.open("rb") as stream:
             return _read(stream, path)
@@ -73,7 +73,7 @@ def _header(stream: BinaryIO, path: Path) -> GgufTensor:
     number, offset = _unpack(stream, "IQ")
     if number not in NAMES:
         known = ", ".join(BLOCK_TYPES)
-        raise CheckpointError(f"`{path}` stores `{name}` in ggml type {number}, which is not read", f"read are: {known}")
+        raise CheckpointError(f"`{path}` stores `{name}` in ggml type {number}", f"read are: {known}")
     return GgufTensor(name, NAMES[number], shape, offset)
 
 
@@ -112,7 +112,8 @@ def write_gguf(
         offset = 0
         for tensor in tensors:
             dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape[::-1])
-            stream.write(_packed_string(tensor.name) + dims + struct.pack("<IQ", BLOCK_TYPES[tensor.type].number, offset))
+            kind = struct.pack("<IQ", BLOCK_TYPES[tensor.type].number, offset)
+            stream.write(_packed_string(tensor.name) + dims + kind)
             offset += _aligned(tensor.nbytes, ALIGNMENT)
         for tensor, part in zip(tensors, data, strict=True):
             stream.write(b"\0" * (_aligned(stream.tell(), ALIGNMENT) - stream.tell()))
@@ -133,7 +134,8 @@ def _packed_string(text: str) -> bytes:
 def _packed(value: Any) -> bytes:
     if not isinstance(value, list):
         kind = TYPES[type(value)]
-        return struct.pack("<I", kind) + (_packed_string(value) if kind == STRING else struct.pack(f"<{SCALARS[kind]}", value))
+        body = _packed_string(value) if kind == STRING else struct.pack(f"<{SCALARS[kind]}", value)
+        return struct.pack("<I", kind) + body
     kind = ARRAY_TYPES[type(value[0])] if value else STRING
     head = struct.pack("<IIQ", ARRAY, kind, len(value))
     if kind == STRING:

@@ -1,19 +1,18 @@
-"""The architectures that GGUF files and transformers' checkpoints share: keys, tensor names, and what differs.
+"""The architectures that GGUF files and transformers' checkpoints share: their keys, and what differs.
 
-Keys and names are those of llama.cpp. Both directions are read off one table. Only what llama.cpp computes exactly as
-transformers does is let through; the rest is refused by name. Knows neither bytes nor tokenizers.
+Keys are those of llama.cpp; tensor names: `gguf_names`. Both directions are read off one table. Only what llama.cpp
+computes exactly as transformers does is let through, the rest refused by name. Knows neither bytes nor tokenizers.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmopt_cli.errors import CheckpointError, ModelError
-from llmopt_cli.spec.model import Matrix, ModelSpec
+from llmopt_cli.spec.model import ModelSpec
 
 KEYS = {  # what follows the architecture's name in a key -> the key of config.json
     "context_length": "max_position_embeddings",
@@ -32,7 +31,6 @@ KEYS = {  # what follows the architecture's name in a key -> the key of config.j
 WINDOW = {"attention.sliding_window": "sliding_window"}
 CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 FLOATS = {"rms_norm_eps", "rope_theta", *CAPS.values()}
-OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 ATTENTION = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -48,22 +46,6 @@ SANDWICH = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
-}
-KINDS: dict[str, Matrix] = {
-    "token_embd": "embedding",
-    "output": "head",
-    "attn_q": "query",
-    "attn_k": "key",
-    "attn_v": "value",
-    "attn_qkv": "value",  # as llama.cpp counts it
-    "attn_output": "output",
-    "ffn_gate": "ffn",
-    "ffn_up": "ffn",
-    "ffn_down": "down",
-    "ffn_gate_exps": "expert_ffn",
-    "ffn_up_exps": "expert_ffn",
-    "ffn_down_exps": "expert_down",
-    "ffn_gate_inp": "router",
 }
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 ROPE_FREQS = "rope_freqs.weight"
@@ -191,7 +173,9 @@ def metadata_of(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     """The architecture's keys for a config.json; ModelError if GGUF has none for what it says."""
     architecture = architecture_of(config)
     theta, scaling = _rope(config)
-    derived = {"head_dim": spec.head_dim, "num_key_value_heads": spec.num_kv_heads, "rope_theta": theta}
+    experts = spec.experts.count if spec.experts else None
+    counted = dict.fromkeys(("num_experts", "num_local_experts"), experts)
+    derived = counted | {"head_dim": spec.head_dim, "num_key_value_heads": spec.num_kv_heads, "rope_theta": theta}
     values = {**config, **derived, "max_position_embeddings": _context(architecture, config, spec)}
     found: dict[str, Any] = {"general.architecture": architecture.name}
     for key, own in architecture.every_key.items():
@@ -267,18 +251,22 @@ def config_of(metadata: Mapping[str, Any], names: Collection[str], factors: list
     tokens = metadata.get("tokenizer.ggml.tokens")
     head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     theta = values.pop("rope_theta", LOCAL_ROPE)
-    config = values | dict(architecture.fixed) | {
-        "architectures": [architecture.class_name],
-        "model_type": architecture.model_type,
-        "head_dim": head_dim,
-        "num_key_value_heads": values.get("num_key_value_heads", values["num_attention_heads"]),
-        "vocab_size": values.get("vocab_size") or len(tokens or ()),
-        "tie_word_embeddings": "output.weight" not in names,
-        "attention_bias": "blk.0.attn_q.bias" in names,
-        "dtype": "float16",
-        "rope_theta": theta,
-        "rope_parameters": {"rope_theta": theta} | _found_scaling(metadata, architecture, theta, head_dim, factors),
-    }
+    config = (
+        values
+        | dict(architecture.fixed)
+        | {
+            "architectures": [architecture.class_name],
+            "model_type": architecture.model_type,
+            "head_dim": head_dim,
+            "num_key_value_heads": values.get("num_key_value_heads", values["num_attention_heads"]),
+            "vocab_size": values.get("vocab_size") or len(tokens or ()),
+            "tie_word_embeddings": "output.weight" not in names,
+            "attention_bias": "blk.0.attn_q.bias" in names,
+            "dtype": "float16",
+            "rope_theta": theta,
+            "rope_parameters": {"rope_theta": theta} | _found_scaling(metadata, architecture, theta, head_dim, factors),
+        }
+    )
     for own, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         if (token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             config[own] = token
@@ -302,13 +290,14 @@ def _found_scaling(
     kind = metadata.get(f"{architecture.name}.rope.scaling.type", "none")
     if factors is not None:
         scaling = {"factor": max(factors), **LLAMA3}
-        if not all(math.isclose(*pair, rel_tol=1e-4) for pair in zip(factors, _llama3(theta, scaling, dim), strict=True)):
+        expected = _llama3(theta, scaling, dim)
+        if not all(math.isclose(*pair, rel_tol=1e-4) for pair in zip(factors, expected, strict=True)):
             raise CheckpointError("its rotary frequencies are scaled in another way than Llama-3's")
         return {"rope_type": "llama3", **scaling}
     if kind == "linear":
         return {"rope_type": "linear", "factor": metadata[f"{architecture.name}.rope.scaling.factor"]}
     if kind != "none":
-        raise CheckpointError(f"rotary scaling of type `{kind}` is not read from GGUF", "take the safetensors checkpoint")
+        raise CheckpointError(f"rotary scaling of type `{kind}` is not read", "take the safetensors checkpoint")
     return {"rope_type": "default"}
 
 
@@ -321,56 +310,3 @@ def _gemma(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, A
         local = {"rope_type": "default", "rope_theta": LOCAL_ROPE}
         found["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor of a checkpoint is in a GGUF file: the tensor, and which of its experts."""
-
-    name: str
-    expert: int | None = None
-
-    @property
-    def stem(self) -> str:
-        """The name without layer and suffix, as `attn_q`."""
-        return self.name.rsplit(".", 1)[0].split(".")[-1]
-
-    @property
-    def layer(self) -> int:
-        """The layer, 0 outside of them."""
-        found = re.match(r"blk\.(\d+)\.", self.name)
-        return int(found[1]) if found else 0
-
-    @property
-    def kind(self) -> Matrix:
-        """What it is to a mix of block types: norms and biases stay as they are."""
-        return KINDS[self.stem] if self.name.endswith(".weight") and self.stem in KINDS else "norm"
-
-
-def place_of(architecture: Architecture, name: str) -> Place:
-    """Where the tensor called `name` in a checkpoint goes; ModelError if GGUF has no place for it."""
-    owner, _, suffix = name.rpartition(".")
-    if owner in OUTSIDE:
-        return Place(f"{OUTSIDE[owner]}.{suffix}")
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", owner)
-    stem = found[2] if found else ""
-    expert = re.search(r"experts\.(\d+)\.", stem)
-    if expert:
-        stem = stem.replace(expert[0], "experts.")
-    if found is None or stem not in architecture.stems:
-        raise ModelError(f"GGUF has no place for `{name}` in {architecture.name} models")
-    return Place(f"blk.{found[1]}.{architecture.stems[stem]}.{suffix}", int(expert[1]) if expert else None)
-
-
-def names_of(architecture: Architecture, name: str, experts: int) -> list[str]:
-    """What a checkpoint calls the tensor `name` of a GGUF file: one name, or one for each of its experts."""
-    place, suffix = Place(name), name.rsplit(".", 1)[1]
-    owners = {gguf: own for own, gguf in OUTSIDE.items()} | {gguf: own for own, gguf in architecture.stems.items()}
-    if place.stem not in owners:
-        raise CheckpointError(f"the GGUF file stores `{name}`, which {architecture.name} models do not have")
-    owner = owners[place.stem]
-    if name.startswith("blk."):
-        owner = f"model.layers.{place.layer}.{owner}"
-    if not place.stem.endswith("_exps"):
-        return [f"{owner}.{suffix}"]
-    return [f"{owner.replace('experts.', f'experts.{index}.')}.{suffix}" for index in range(experts)]

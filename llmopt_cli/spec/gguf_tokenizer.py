@@ -58,7 +58,8 @@ def tokenizer_metadata(
 
 
 def _tokens(vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]], size: int) -> list[str]:
-    by_id = {index: name for name, index in vocab.items()} | {index: str(one["content"]) for index, one in added.items()}
+    by_id = {index: name for name, index in vocab.items()}
+    by_id |= {index: str(one["content"]) for index, one in added.items()}
     if max(by_id) >= size:
         raise ModelError(f"the tokenizer has {max(by_id) + 1} tokens, the embedding {size} rows")
     return [by_id.get(index, f"[PAD{index}]") for index in range(size)]
@@ -133,17 +134,23 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
         for index, found in enumerate(types)
         if found in (CONTROL, USER_DEFINED)
     ]
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for key, own in SPECIAL.items():
         if (token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None and token < len(names):
             config[own] = names[token]
-    adds = {key: metadata.get(f"tokenizer.ggml.add_{key}_token", kind == "llama" and key == "bos") for key in SPECIAL}
-    before, after = ([config[f"{key}_token"]] if adds[key] and f"{key}_token" in config else [] for key in ("bos", "eos"))
-    document["post_processor"] = _template(before, after, names)
+    document["post_processor"] = _template(_added(metadata, "bos", names), _added(metadata, "eos", names), names)
     files = {"tokenizer.json": document, "tokenizer_config.json": config}
     written = {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}
     template = metadata.get("tokenizer.chat_template")
     return written | ({"chat_template.jinja": template} if template else {})
+
+
+def _added(metadata: Mapping[str, Any], key: str, names: list[str]) -> list[str]:
+    """The special token that the tokenizer puts before (`bos`) or after (`eos`) a text, if it does."""
+    token = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    default = metadata["tokenizer.ggml.model"] == "llama" and key == "bos"
+    adds = metadata.get(f"tokenizer.ggml.add_{key}_token", default)
+    return [names[token]] if adds and token is not None else []
 
 
 def _document(model: dict[str, Any], **parts: Any) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Self
 from llmopt_cli.errors import UsageError
 from llmopt_cli.spec.yaml_file import find_yaml, read_yaml, recipes_folder
 
-
 MODES = ("continuous", "static", "none")
 POLICIES = ("fcfs", "priority")
 

@@ -26,7 +26,20 @@ def test_version() -> None:
 
 def test_help_names_every_command() -> None:
     shown = llmopt("--help").stdout
-    for command in ("estimate", "quantize", "bench", "serve", "generate", "models", "gpus", "env", "demo"):
+    for command in (
+        "estimate",
+        "quantize",
+        "convert",
+        "eval",
+        "bench",
+        "serve",
+        "generate",
+        "replay",
+        "models",
+        "gpus",
+        "env",
+        "demo",
+    ):
         assert command in shown
 
 

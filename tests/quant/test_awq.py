@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from llmopt_cli.quant import awq
 from llmopt_cli.quant.awq import Choice
+from llmopt_cli.quant.gptq import gptq
 from llmopt_cli.quant.grid import quantize_weight
 from llmopt_cli.quant.structure import Group, Producer, find_groups
-from llmopt_cli.quant.walk import Batch, Seen, observe
-from llmopt_cli.spec.scheme import find_scheme
+from llmopt_cli.quant.walk import Seen, observe
+from llmopt_cli.spec.scheme import Scheme, find_scheme
 
 SCHEME = replace(find_scheme("awq"), group_size=32)
 WIDTH = 128
@@ -59,6 +60,25 @@ class Layer:
                 linear.weight.copy_(weight)
         return float((after - before).norm() / before.norm())
 
+    def gptq_error(self, choice: Choice, scheme: Scheme) -> float:
+        """Squared error, on the calls observed, that GPTQ leaves after scaling as chosen."""
+        total = 0.0
+        with torch.inference_mode():
+            saved = {name: self.block.get_parameter(f"{name}.weight").clone() for name in self.group.linears}
+            for name, weight in saved.items():
+                codes = gptq(*awq.rescale(weight, self.seen.gram, choice.scale), scheme).codes
+                self.block.get_parameter(f"{name}.weight").copy_(codes.dequantize() / choice.scale)
+            for call in self.seen.calls:
+                total += float((self.block.mlp(*call.args) - call.output).square().sum())
+            for name, weight in saved.items():
+                self.block.get_parameter(f"{name}.weight").copy_(weight)
+        return total
+
+
+def watch(block: Gated, group: Group, batches: Iterable[Tensor]) -> Seen:
+    (seen,) = observe(block, [group], iter(batches), block, 512)
+    return seen
+
 
 @pytest.fixture
 def layer() -> Callable[..., Layer]:
@@ -68,10 +88,9 @@ def layer() -> Callable[..., Layer]:
         mixing = torch.randn(WIDTH, WIDTH) / WIDTH**0.5 + torch.eye(WIDTH)
         sizes = torch.where(torch.arange(WIDTH) % 16 == 0, salience, 1.0)
         fitted, held_out = (torch.randn(8, 128, WIDTH) @ mixing * sizes for _ in range(2))
-        batches = [Batch(part, [((), {})]) for part in fitted.split(1)]
         group = find_groups(block, lambda: block(fitted[:1]), "0")[0]
         assert group == Group(("mlp.gate", "mlp.up"), "mlp", Producer("norm", "gain", (1, 1, WIDTH)))
-        return Layer(block, group, observe(block, 0, batches, "mlp.gate", "mlp", 512), held_out)
+        return Layer(block, group, watch(block, group, fitted.split(1)), held_out)
 
     return make
 
@@ -92,6 +111,14 @@ def test_the_scale_alone_takes_a_third_off(seed: int, layer: Callable[..., Layer
     made = layer(seed)
     choice = awq.choose(made.block, made.group, made.seen, SCHEME)
     assert made.error(Choice(choice.scale, frozenset())) < 0.67 * made.error(PLAIN)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_before_gptq_a_scale_is_taken_only_if_gptq_leaves_less_with_it(bits: int, layer: Callable[..., Layer]) -> None:
+    made, scheme = layer(0), replace(SCHEME, weight_bits=bits)
+    choice = awq.choose_for_gptq(made.block, made.group, made.seen, scheme)
+    assert choice.clipped == {"mlp.gate", "mlp.up"}
+    assert made.gptq_error(choice, scheme) <= made.gptq_error(replace(PLAIN, clipped=choice.clipped), scheme)
 
 
 def test_salient_channels_are_the_ones_scaled_up(layer: Callable[..., Layer]) -> None:
@@ -120,8 +147,7 @@ def test_what_the_grid_holds_exactly_is_left_alone(layer: Callable[..., Layer]) 
         codes = torch.randint(-8, 8, (96, WIDTH // 32, 32))
         codes[..., 0], codes[..., 1] = -8, 7
         made.block.get_parameter(f"{name}.weight").copy_(codes.view(96, WIDTH) / 64)
-    batches = [Batch(part, [((), {})]) for part in made.held_out.split(1)]
-    seen = observe(made.block, 0, batches, "mlp.gate", "mlp", 512)
+    seen = watch(made.block, made.group, made.held_out.split(1))
     choice = awq.choose(made.block, made.group, seen, SCHEME)
     assert not choice.scaled
     assert choice.clipped == frozenset()
@@ -144,8 +170,7 @@ def test_statistics_equal_those_of_all_inputs_at_once(layer: Callable[..., Layer
     made = layer(0)
     with torch.inference_mode():
         inputs = made.block.norm(made.held_out).reshape(-1, WIDTH)
-    batches = [Batch(part, [((), {})]) for part in made.held_out.split(3)]
-    seen = observe(made.block, 0, batches, "mlp.gate", "mlp", 512)
+    seen = watch(made.block, made.group, made.held_out.split(3))
     assert seen.tokens == 8 * 128
     assert torch.allclose(seen.gram, inputs.T @ inputs / len(inputs), atol=1e-4)
     assert torch.allclose(seen.mean_abs, inputs.abs().mean(0), atol=1e-5)

@@ -9,12 +9,21 @@ import torch
 from torch import Tensor
 
 from llmopt_cli.errors import ModelError
-from llmopt_cli.quant.grid import SHRINKS, divide_rows, output_error, quantize_weight, relative_error
+from llmopt_cli.quant.grid import (
+    SHRINKS,
+    divide_rows,
+    extremes,
+    grouped,
+    output_error,
+    quantize_weight,
+    relative_error,
+    weighted,
+)
 from llmopt_cli.spec.scheme import Scheme, find_scheme
 
 
-def scheme(group_size: int) -> Scheme:
-    return replace(find_scheme("rtn"), group_size=group_size)
+def scheme(group_size: int, bits: int = 4, symmetric: bool = False) -> Scheme:
+    return replace(find_scheme("rtn"), group_size=group_size, weight_bits=bits, symmetric=symmetric)
 
 
 def random(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -112,3 +121,58 @@ def test_a_weight_that_no_scale_can_hold_is_refused(value: float) -> None:
     weight[3, 3] = value
     with pytest.raises(ModelError, match="too large for a float16 scale"):
         quantize_weight(weight, scheme(16))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_symmetric_rounding_spans_plus_and_minus_the_largest(bits: int) -> None:
+    weight, middle, top = random(6, 32), 2 ** (bits - 1), 2**bits - 1
+    found = quantize_weight(weight, scheme(16, bits, symmetric=True))
+    assert found.symmetric
+    for row in range(6):
+        for group in range(2):
+            members = weight[row, group * 16 : group * 16 + 16].tolist()
+            scale = float(torch.tensor(2 * max(map(abs, members)) / top).half())
+            codes = [min(top, max(0, round(weight / scale) + middle)) for weight in members]
+            assert float(found.scales[row, group]) == scale
+            assert found.codes[row, group * 16 : group * 16 + 16].tolist() == codes
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_weighted_grid_has_no_larger_weighted_error_in_any_group(bits: int, symmetric: bool) -> None:
+    plan, importance = scheme(16, bits, symmetric), torch.exp(2 * random(1, 64, seed=1))[0]
+    groups = grouped(random(40, 64), plan)
+
+    def error(values: Tensor) -> Tensor:
+        return ((values - groups).square() * importance.view(4, 16)).sum(-1)
+
+    before, after = (
+        error(grid.nearest(groups)) for grid in (extremes(groups, plan), weighted(groups, importance, plan))
+    )
+    assert bool((after <= before).all())
+    assert float(after.sum()) < (0.95 if bits < 8 else 1) * float(before.sum())
+
+
+def test_a_symmetric_search_uses_the_whole_range() -> None:
+    """The larger side goes to the lowest code, which is one further out, whatever the sign: by a negative scale."""
+    weight = torch.tensor([[-8.0, 7, 3, 1], [8.0, -7, -3, -1]])
+    found = quantize_weight(weight, scheme(4, symmetric=True), torch.eye(4))
+    assert torch.equal(found.dequantize(), weight)
+    assert found.scales.flatten().tolist() == [1.0, -1.0]
+    assert found.symmetric
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_searching_in_parts_changes_nothing(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, gram = scheme(16, 3, symmetric), gram_of(random(100, 64, seed=2))
+    groups = grouped(random(10, 64), plan)
+    whole = weighted(groups, gram.diagonal(), plan).scales, quantize_weight(random(10, 64), plan, gram).codes
+    monkeypatch.setattr("llmopt_cli.quant.grid.WEIGHTS_AT_ONCE", 64 * 3)
+    parts = weighted(groups, gram.diagonal(), plan).scales, quantize_weight(random(10, 64), plan, gram).codes
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+
+
+def test_dividing_rows_keeps_the_sign_of_scales() -> None:
+    found = quantize_weight(torch.tensor([[8.0, -7, -3, -1]]), scheme(4, symmetric=True), torch.eye(4))
+    divided = divide_rows(found, torch.tensor([2.0]))
+    assert torch.equal(divided.dequantize(), found.dequantize() / 2)

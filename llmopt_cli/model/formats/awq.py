@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmopt_cli.errors import CheckpointError
+from llmopt_cli.errors import UsageError
 from llmopt_cli.model.codes import IntCodes
+from llmopt_cli.model.formats.layout import Format, Schemes, check, check_groups, group_misfit, refuse, taken
 from llmopt_cli.spec.scheme import Scheme, find_scheme
 
 BITS = 4
@@ -27,14 +28,14 @@ COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i (bits 4i..4i+3) of word 
 SUFFIXES = ("qweight", "qzeros", "scales")
 
 
-def pack(weight: IntCodes) -> dict[str, Tensor]:
+def pack(weight: IntCodes, scheme: Scheme) -> dict[str, Tensor]:
     """The stored tensors of one linear, by suffix; scales are rounded to float16 here.
 
     `out` must be a multiple of 8: callers refuse other shapes (`misfit`) before they quantize.
     """
     rows, columns = weight.codes.shape
-    assert weight.bits == BITS
-    assert misfit(rows, columns, weight.group_size) is None
+    assert weight.groups is None
+    assert misfit(rows, columns, replace(scheme, group_size=weight.group_size)) is None
     return {
         "qweight": _pack_columns(weight.codes.T),
         "qzeros": _pack_columns(weight.zeros.T),
@@ -42,44 +43,46 @@ def pack(weight: IntCodes) -> dict[str, Tensor]:
     }
 
 
-def unpack(parts: Mapping[str, Tensor]) -> IntCodes:
+def unpack(parts: Mapping[str, Tensor], scheme: Scheme) -> IntCodes:
     """The linear in its stored tensors, scales in their stored dtype.
 
     Raises CheckpointError if the three shapes do not belong together.
     """
-    qweight, qzeros, scales = (parts[suffix] for suffix in SUFFIXES)
+    qweight, qzeros, scales = taken(parts, *SUFFIXES)
     groups, columns = scales.shape
     words = columns // WORD
-    if columns % WORD or qweight.shape[0] % groups or qweight.shape[1] != words or qzeros.shape != (groups, words):
-        shapes = ", ".join(str(list(tensor.shape)) for tensor in (qweight, qzeros, scales))
-        raise CheckpointError(f"qweight, qzeros and scales of shapes {shapes} are not one AWQ-gemm linear")
-    return IntCodes(
-        _unpack_columns(qweight).T.contiguous(), scales.T.contiguous(), _unpack_columns(qzeros).T.contiguous()
-    )
+    fits = columns % WORD == 0 and qweight.shape[0] % groups == 0 and qweight.shape[1] == words
+    check(fits and qzeros.shape == (groups, words), parts, "one AWQ-gemm linear")
+    codes, zeros = _unpack_columns(qweight).T.contiguous(), _unpack_columns(qzeros).T.contiguous()
+    return check_groups(IntCodes(codes, scales.T.contiguous(), zeros), scheme)
 
 
-def misfit(out_features: int, in_features: int, group_size: int) -> str | None:
+def misfit(out_features: int, in_features: int, scheme: Scheme) -> str | None:
     """Why a linear of this shape cannot be stored, or None if it can."""
+    if scheme.weight_bits != BITS:
+        return f"AWQ-gemm files hold {BITS} bits a weight, not {scheme.weight_bits}"
+    if not scheme.weight_only:
+        return "AWQ files say nothing of rounded inputs"
     if out_features % WORD:
         return f"its {out_features} outputs are no multiple of {WORD}"
-    if group_size and in_features % group_size:
-        return f"its {in_features} inputs are no multiple of the group size {group_size}"
-    return None
+    return group_misfit(in_features, scheme)
 
 
-def config(scheme: Scheme, modules_to_not_convert: Sequence[str] | None = None) -> dict[str, Any]:
+def config(scheme: Scheme, left: Sequence[str] = (), exceptions: Mapping[str, Scheme] | None = None) -> dict[str, Any]:
     """`quantization_config` of config.json. The names are of modules left as they were, matched as substrings."""
+    if exceptions:
+        raise UsageError("an AWQ file holds one precision for all linears", "take --format compressed-tensors or gptq")
     return {
         "quant_method": "awq",
         "bits": scheme.weight_bits,
         "group_size": scheme.group_size or -1,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": list(modules_to_not_convert) if modules_to_not_convert else None,
+        "modules_to_not_convert": list(left) or None,
     }
 
 
-def parse_config(found: Mapping[str, Any]) -> Scheme:
+def parse_config(found: Mapping[str, Any]) -> Schemes:
     """The scheme that a `quantization_config` declares; CheckpointError unless it is 4-bit gemm with zero points."""
     version = str(found.get("version") or found.get("format") or "gemm").lower()
     group_size = found.get("group_size", 128)
@@ -90,13 +93,23 @@ def parse_config(found: Mapping[str, Any]) -> Scheme:
         (found.get("zero_point", True) is not True, "weights without zero points"),
         (not isinstance(group_size, int) or group_size < -1 or group_size == 0, f"the group size {group_size}"),
     )
-    for refused, what in refusals:
-        if refused:
-            raise CheckpointError(
-                f"the AWQ reader takes 4-bit `gemm` weights with zero points; this checkpoint has {what}",
-                "give the unquantized model to `llmopt quantize --method awq`",
-            )
-    return replace(find_scheme("awq"), group_size=max(group_size, 0))
+    refuse(refusals, "the AWQ reader takes 4-bit `gemm` weights with zero points")
+    return Schemes(replace(find_scheme("awq"), group_size=max(group_size, 0)))
+
+
+AWQ = Format(
+    name="awq",
+    quant_method="awq",
+    bits=(BITS,),
+    markers=("qweight",),
+    suffixes=SUFFIXES,
+    engines={"llmopt": "yes", "vLLM": "yes", "SGLang": "yes", "transformers": "with gptqmodel"},
+    pack=pack,
+    unpack=unpack,
+    misfit=misfit,
+    config=config,
+    parse_config=parse_config,
+)
 
 
 def _pack_columns(codes: Tensor) -> Tensor:

@@ -1,0 +1,160 @@
+"""`--dry-run`: what a job will take and make, from shapes and a few seconds of timing. Nothing is written.
+
+The time is that of every shape's statistics and solver, tried on random numbers, and of the forward passes at the
+speed that a product of the same shape was seen to run with. Knows no text: token counts are those asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmopt_cli.model.load import pick_device
+from llmopt_cli.quant.blocks import FALLBACK
+from llmopt_cli.quant.methods import METHODS
+from llmopt_cli.quant.preflight import Layout, misfits, output_bytes, refuse_not_quantizable, stream_bytes
+from llmopt_cli.quant.skeleton import Skeleton
+from llmopt_cli.quant.walk import BATCH_TOKENS
+from llmopt_cli.spec.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from llmopt_cli.quant.quantize import Job
+
+PASSES = 3.5  # runs of a block over the calibration text: its groups look at parts of it, then it hands on the states
+JUDGED_PASSES = 2  # of the evaluation text: base and quantized
+SOLVED_ROWS = 256  # of a weight are solved to learn how long all of them take
+SCRATCH = 3  # copies of the largest weight and of its statistics that a solver holds
+SCALER_TRIES = 45  # candidate scales, each of which rounds the weight and runs its parent on a batch
+SCALER_SOLVES = 3  # of every weight by a method with scales: without one, with the best one, and for good
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """All tensors of one name in their blocks: `bits` a weight as stored, `problem` why the format can't hold them."""
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    bits: float
+    nbytes: int
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a job will take: bytes of memory and disk while it runs, minutes; and what it makes, and who loads that."""
+
+    model: str
+    method: str
+    format: str
+    kinds: tuple[Kind, ...]
+    bytes_before: int
+    bytes_after: int
+    peak_memory_bytes: int
+    disk_bytes: int
+    minutes: float
+    engines: dict[str, str]
+
+
+def plan(job: Job, evaluation_windows: int) -> Plan:
+    """Look `job` over. Raises what the job itself would refuse, but for shapes: those are listed."""
+    checkpoint = refuse_not_quantizable(Checkpoint.open(job.model))
+    scheme, form = job.scheme, job.layout
+    with Skeleton(checkpoint, pick_device(job.device)) as skeleton:
+        parts = Layout.of(skeleton)
+        blocks = len(skeleton.blocks)
+        largest = max(sum(weight.numel() for weight in block.parameters()) for block in skeleton.blocks)
+        outside = sum(
+            weight.numel()
+            for name, weight in skeleton.model.named_parameters()
+            if not name.startswith(f"{skeleton.prefix}.")
+        )
+    output = output_bytes(parts, scheme, checkpoint)
+    tokens = (job.samples + 2 * evaluation_windows) * job.seq_len
+    widest = max(columns for _, columns in parts.linears.values())
+    statistics = SCRATCH * 4 * max(rows * columns + columns**2 for rows, columns in parts.linears.values())
+    batch = 4 * BATCH_TOKENS * (2 * widest + 4 * parts.hidden)
+    return Plan(
+        model=checkpoint.name,
+        method=job.method,
+        format=form.name,
+        kinds=_kinds(parts, checkpoint, job),
+        bytes_before=checkpoint.nbytes,
+        bytes_after=output,
+        peak_memory_bytes=max(4 * largest + statistics + batch, 4 * outside + batch),
+        disk_bytes=stream_bytes(parts, tokens) + 2 * output,
+        minutes=_seconds(job, parts, blocks, evaluation_windows) / 60,
+        engines=dict(form.engines),
+    )
+
+
+def _kinds(parts: Layout, checkpoint: Checkpoint, job: Job) -> tuple[Kind, ...]:
+    """Quantized tensors by name and shape, then the rest by name."""
+    problems = misfits(parts, job.layout, job.scheme)
+    found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, shape in parts.linears.items():
+        found.setdefault((_role(name), shape), []).append(name)
+    kinds = [
+        _kind(role, names, shape, job.scheme.bits_per_weight, problems.get(names[0]))
+        for (role, shape), names in found.items()
+    ]
+    quantized = {f"{parts.stored[name]}.weight" for name in parts.linears}
+    rest: dict[tuple[str, tuple[int, ...], float], list[str]] = {}
+    for name, header in checkpoint.tensors.items():
+        if name not in quantized:
+            count = max(1, torch.Size(header.shape).numel())
+            rest.setdefault((_role(name), header.shape, 8 * header.nbytes / count), []).append(name)
+    return tuple(kinds + [_kind(role, names, shape, bits, None) for (role, shape, bits), names in rest.items()])
+
+
+def _kind(role: str, names: list[str], shape: tuple[int, ...], bits: float, problem: str | None) -> Kind:
+    nbytes = round(len(names) * torch.Size(shape).numel() * bits / 8)
+    return Kind(role, len(names), shape, bits, nbytes, problem)
+
+
+def _role(name: str) -> str:
+    """A tensor's name without the numbers of its block and expert."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _seconds(job: Job, parts: Layout, blocks: int, evaluation_windows: int) -> float:
+    """Solvers and statistics of all shapes, and all passes through the blocks."""
+    tokens = job.samples * job.seq_len
+    passes = PASSES * tokens + JUDGED_PASSES * evaluation_windows * job.seq_len
+    total = 0.0
+    for shape, count in Counter(parts.linears.values()).items():
+        forward, gram, solver = _timed(job, shape)
+        total += count * (passes * forward + tokens * gram / 2 + solver)
+    return total
+
+
+def _timed(job: Job, shape: tuple[int, int]) -> tuple[float, float, float]:
+    """Seconds of the product and of the statistics per token, and of the solver, for a weight [out, in]."""
+    rows, columns = shape
+    device = pick_device(job.device)
+    x = torch.randn(BATCH_TOKENS, columns, device=device)
+    weight = torch.randn(min(rows, SOLVED_ROWS), columns, device=device)
+    gram = x.T @ x / len(x) + torch.eye(columns, device=device)
+    forward = _clock(lambda: x @ weight.T) / BATCH_TOKENS * rows / len(weight)
+    statistics = _clock(lambda: x.T @ x) / BATCH_TOKENS
+    scheme = job.scheme if job.layout.misfit(rows, columns, job.scheme) is None else replace(job.scheme, group_size=0)
+    method = job.how
+    parts = rows / len(weight)
+    solver = parts * _clock(lambda: method.solver(weight, gram if method.needs_gram else None, scheme))
+    if method.scaler is not None:
+        rounding = parts * _clock(lambda: METHODS[FALLBACK].solver(weight, None, scheme))
+        solver = SCALER_SOLVES * solver + SCALER_TRIES * (BATCH_TOKENS * forward + rounding)
+    return forward, statistics, solver
+
+
+def _clock(work: Callable[[], object]) -> float:
+    work()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -1,0 +1,58 @@
+"""The corrected weight makes good what inputs lost upstream."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmopt_cli.quant.correct import DAMPING, propagated
+
+
+def random(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def seen() -> tuple[Tensor, Tensor, Tensor]:
+    """A weight, inputs, and what they would be had nothing been quantized before: a part of the loss is predictable."""
+    true = random(3000, 24, seed=1) @ random(24, 24, seed=2)
+    lost = 0.1 * true @ random(24, 24, seed=3) / 24**0.5 + 0.02 * random(3000, 24, seed=4)
+    return random(12, 24), true - lost, true
+
+
+def moments(x: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    return x.T @ x / len(x), (true - x).T @ x / len(x)
+
+
+def test_all_of_it_is_the_least_squares_solution(seen: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, x, true = seen
+    gram, cross = moments(x, true)
+    solution = torch.linalg.lstsq(x.double(), (true @ weight.T).double()).solution.T
+    found = propagated(weight, gram, cross, strength=1.0, damping=0.0)
+    assert torch.allclose(found.double(), solution, atol=1e-3)
+
+
+def test_it_lowers_the_error_of_outputs(seen: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, x, true = seen
+    half = len(x) // 2
+    found = propagated(weight, *moments(x[:half], true[:half]))
+    wanted = true[half:] @ weight.T
+    before, after = ((x[half:] @ one.T - wanted).norm() for one in (weight, found))
+    assert float(after) < 0.5 * float(before)
+
+
+def test_without_loss_upstream_nothing_is_corrected(seen: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, _, true = seen
+    assert torch.equal(propagated(weight, *moments(true, true)), weight)
+
+
+def test_inputs_of_nothing_but_zeros_leave_the_weight_alone() -> None:
+    weight = random(4, 8)
+    assert torch.equal(propagated(weight, torch.zeros(8, 8), torch.zeros(8, 8)), weight)
+
+
+def test_more_damping_corrects_less(seen: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, x, true = seen
+    changes = [float((propagated(weight, *moments(x, true), damping=d) - weight).norm()) for d in (DAMPING, 1.0, 10.0)]
+    assert changes[0] > changes[1] > changes[2] > 0
