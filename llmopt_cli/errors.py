@@ -44,7 +44,8 @@ class UnknownNameError(UsageError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], see: str | None = None) -> None:
         spelling = {entry.lower(): entry for entry in sorted(known)}
-        close = difflib.get_close_matches(name.lower(), spelling, n=4, cutoff=0.4) or list(spelling)[:6]
+        close = difflib.get_close_matches(name.lower(), spelling, n=4, cutoff=0.4)
+        close = close or difflib.get_close_matches(name.lower(), spelling, n=6, cutoff=0.0)
         near = [spelling[entry] for entry in close]
         hint = f"nearest: {', '.join(near)}" + (f"; all of them: `{see}`" if see else "")
         super().__init__(f"unknown {kind} `{name}`", hint)

@@ -72,7 +72,7 @@ def test_estimate(binaries: Path, empty: Path) -> None:
 
 
 def test_quantize_then_bench(binaries: Path, empty: Path) -> None:
-    run(binaries, "quantize", "--method", "awq")
+    run(binaries, "quantize", "--method", "awq", "--samples", "16")
     assert (empty / "demo-awq-w4g128" / "model.safetensors").is_file()
     run(binaries, "bench", "--workload", "chat.yaml")
     [line] = (empty / "results" / "bench.jsonl").read_text().splitlines()

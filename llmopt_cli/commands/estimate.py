@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Given = dict[str, Any]  # the command's parameters by name
 
+USD, A_DAY = {"min": 0, "max": 1e6}, {"min": 1, "max": 1e12}  # beyond them lie slips and infinity
 QUESTION, TIME, MONEY, VIEWS, PROOF = "What is asked", "The load", "Money", "Other answers", "How good it is"
 
 
@@ -73,13 +75,13 @@ SloOpt = Annotated[
     str | None, _option(TIME, "--slo", text="What a good request may take: `ttft=500ms,tpot=50ms`, or a name: `chat`.")
 ]
 PriceOpt = Annotated[
-    float | None, _option(MONEY, "--gpu-price", min=0, text="USD an hour for one GPU, instead of the catalogue's.")
+    float | None, _option(MONEY, "--gpu-price", **USD, text="USD an hour for one GPU, instead of the catalogue's.")
 ]
-SpotOpt = Annotated[float | None, _option(MONEY, "--spot-price", min=0, text="USD an hour for one spot GPU.")]
+SpotOpt = Annotated[float | None, _option(MONEY, "--spot-price", **USD, text="USD an hour for one spot GPU.")]
 ApiOpt = Annotated[
     str | None, _option(MONEY, "--api-price", text="IN,OUT: what an API takes for 1M tokens; shows the break-even.")
 ]
-DayOpt = Annotated[float | None, _option(MONEY, "--requests-per-day", min=1, text="Shows a day's cost and idle share.")]
+DayOpt = Annotated[float | None, _option(MONEY, "--requests-per-day", **A_DAY, text="Shows a day's cost, idle share.")]
 CompareOpt = Annotated[
     bool, _option(VIEWS, "--compare", text="Rank GPUs x precisions x splits; without --gpu, all of the catalogue.")
 ]
@@ -148,10 +150,21 @@ def estimate(
 ) -> None:
     """Does a model fit on a GPU, how fast is it there, and what does a token cost? Nothing is downloaded or run."""
     given = context.params
-    asked = [name for name in ANSWERS if given[name]]
+    asked = [name for name in ANSWERS if given.get(name)]
     if len(asked) > 1:
         raise UsageError(f"--{asked[0]} and --{asked[1]} are two questions", "ask one at a time")
-    (ANSWERS[asked[0]] if asked else _plan)(Output(as_json=json), given)
+    answer = asked[0] if asked else "plan"
+    _check_read(context, answer)
+    ANSWERS[answer](Output(as_json=json), given)
+
+
+def _check_read(context: typer.Context, answer: str) -> None:
+    """Refuse a flag that the answer does not read: silence would pass for an answer to it."""
+    for name in UNREAD.get(answer, context.params.keys() - {answer, "json"}):
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE":
+            asked = "a plain estimate" if answer == "plan" else f"--{answer}"
+            raise UsageError(f"--{name.replace('_', '-')} has no effect on {asked}", WITH.get(name, "leave it out"))
 
 
 def _plan(out: Output, given: Given) -> None:
@@ -169,12 +182,12 @@ def _plan(out: Output, given: Given) -> None:
         slo,
         requests_per_day=given["requests_per_day"],
         spot_price=given["spot_price"],
-        api=ApiPrice.parse(given["api_price"]) if given["api_price"] else None,
+        api=ApiPrice.parse(given["api_price"]) if given["api_price"] is not None else None,
     )
     whole = view.Whole(
         plan=found,
         wanted=wanted,
-        limits=limits.find_limits(fit.on, found.question.load),
+        limits=limits.find_limits(fit.on, found.question.batch),
         advice=advice.advise(found, slo),
         speedups=precision.speedups(fit.on, found.question.load),
         bill=money,
@@ -192,6 +205,7 @@ def _write(out: Output, given: Given, found: Plan, wanted: Recipe) -> None:
 
 def _compare(out: Output, given: Given) -> None:
     from llmopt_cli.estimate import compare, pareto
+    from llmopt_cli.estimate.slo import offered_rate
     from llmopt_cli.views import compare as view
     from llmopt_cli.views import pareto as picture_view
     from llmopt_cli.views import plot
@@ -199,7 +213,8 @@ def _compare(out: Output, given: Given) -> None:
     wanted = _recipe(given)
     if given["pareto"] not in ("throughput", "cost"):
         raise UsageError(f"--pareto `{given['pareto']}` is neither `throughput` nor `cost`")
-    found = compare.compare(wanted, _load(given, wanted), _slo(given), given["gpu_price"])
+    rate = offered_rate(_workload(given))
+    found = compare.compare(wanted, _load(given, wanted), _slo(given), given["gpu_price"], rate)
     picture = pareto.picture(found, given["pareto"]) if found.offers else None
     if given["plot"] and picture:
         plot.save(picture, given["plot"], f"{wanted.model}, {given['pareto']}")
@@ -218,8 +233,6 @@ def _ladder(out: Output, given: Given) -> None:
 
 
 def _simulate(out: Output, given: Given) -> None:
-    from dataclasses import replace
-
     from llmopt_cli.estimate import plan, simulate
     from llmopt_cli.views import simulation as view
 
@@ -254,11 +267,21 @@ def _calibrate(out: Output, given: Given) -> None:
 
 
 ANSWERS: dict[str, Callable[[Output, Given], None]] = {
+    "plan": _plan,
     "validate": _validate,
     "calibrate": _calibrate,
     "simulate": _simulate,
     "compare": _compare,
     "ladder": _ladder,
+}
+PLANS_OWN = ("output", "spot_price", "api_price", "requests_per_day")
+COMPARES_OWN = ("top", "plot", "pareto")
+WITH = {**dict.fromkeys(COMPARES_OWN, "it goes with --compare"), "replicas": "it goes with --simulate"}
+UNREAD: dict[str, tuple[str, ...]] = {  # answer -> flags that have no effect on it; not here: all of them
+    "plan": (*COMPARES_OWN, "replicas"),
+    "simulate": (*PLANS_OWN, *COMPARES_OWN, "prefix_hit"),  # a simulation meets the prefixes themselves
+    "compare": (*PLANS_OWN, "replicas"),
+    "ladder": (*PLANS_OWN, *COMPARES_OWN, "replicas", "scheme", "slo", "gpu_price"),
 }
 
 
@@ -292,15 +315,13 @@ def _question(given: Given, wanted: Recipe) -> Question:
     """The deployment under its load, names resolved."""
     from llmopt_cli.estimate import plan
     from llmopt_cli.estimate.question import ask
+    from llmopt_cli.estimate.slo import offered_rate
 
-    traffic = _workload(given)
-    question = ask(wanted, _load(given, wanted), given["gpu_price"])
-    return question if traffic.arrivals.concurrency else plan.at_rate(question, traffic)
+    question, rate = ask(wanted, _load(given, wanted), given["gpu_price"]), offered_rate(_workload(given))
+    return question if rate is None else plan.at_rate(question, rate)
 
 
 def _load(given: Given, wanted: Recipe) -> Load:
-    from dataclasses import replace
-
     from llmopt_cli.estimate.load import Load
 
     load = Load.of(_workload(given), wanted.batching.max_model_len)
@@ -329,4 +350,4 @@ def _workload(given: Given) -> Workload:
 def _slo(given: Given) -> Slo:
     from llmopt_cli.spec.workload import Slo
 
-    return Slo.parse(given["slo"]) if given["slo"] else _workload(given).slo
+    return Slo.parse(given["slo"]) if given["slo"] is not None else _workload(given).slo

@@ -13,7 +13,7 @@ from llmopt_cli.estimate.deployment import Deployment
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.memory import Budget, budget, sequence_bytes
 from llmopt_cli.estimate.pool import own_batching
-from llmopt_cli.estimate.splits import GPU_COUNTS, shares
+from llmopt_cli.estimate.splits import GPU_COUNTS, shares, split_over
 from llmopt_cli.spec.catalog import models
 from llmopt_cli.spec.model import ModelSpec
 from llmopt_cli.spec.recipe import Batching
@@ -21,7 +21,7 @@ from llmopt_cli.spec.scheme import Scheme, find_scheme
 
 SCHEMES = ("bf16", "fp8", "int8", "awq")  # the precisions that are answered for, beside the one asked for
 MOST_REQUESTS = 2**20
-STAGES = (2, 4, 8)  # pipelines over as many servers, once one server is full
+SERVERS = (2, 4, 8)  # that one pipeline runs over, once one server is full
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +99,15 @@ def max_batch(on: Deployment, length: int) -> int:
 
 
 def fewest_gpus(on: Deployment, load: Load) -> Deployment | None:
-    """`on` split over the fewest GPUs of its kind that hold the load: within a server by tensor, beyond by pipeline."""
+    """`on` split over the fewest GPUs of its kind that hold the load: a server as a plan cuts it, beyond in stages."""
     return next((split for split in _splits(on) if holds(split, load)), None)
 
 
 def _splits(on: Deployment) -> Iterator[Deployment]:
-    possible = [tp for tp in GPU_COUNTS if shares(on.spec, tp)]
-    yield from (on.split(tp) for tp in possible)
-    yield from (on.split(possible[-1], pp) for pp in STAGES if pp <= on.spec.num_layers)
+    possible = [split for gpus in GPU_COUNTS if (split := split_over(on.spec, on.hardware, gpus))]
+    yield from (on.split(*split) for split in possible)
+    tp, pp = possible[-1]
+    yield from (on.split(tp, pp * servers) for servers in SERVERS if pp * servers <= on.spec.num_layers)
 
 
 def largest_model(on: Deployment, load: Load) -> ModelSpec | None:

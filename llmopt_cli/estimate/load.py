@@ -79,6 +79,8 @@ def _some(workload: Workload, context: int | None) -> tuple[Size, ...]:
     """At most BANDS^2 lengths: one of each band of answers within each band of prompts, so that rare ones count."""
     drawn = workload if workload.input_len.kind == "trace" else replace(workload, num_requests=DRAWS)
     sizes, rng = drawn.sizes(context)[0], Random(workload.seed)
+    if len(set(sizes)) == 1:
+        return (sizes[0],)
     if len(sizes) <= BANDS**2:
         return tuple(sizes)
     bands = [sorted(band, key=lambda size: size.output_len) for band in _cut(sorted(sizes))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -22,7 +21,6 @@ from llmopt_cli.estimate.work import work
 from llmopt_cli.spec.hardware import GIB
 from llmopt_cli.spec.recipe import Recipe
 from llmopt_cli.spec.scheme import Scheme, find_scheme
-from llmopt_cli.spec.workload import Workload
 
 SMALLER = ("int8", "awq")  # the precisions to offer where fewer GPUs would do
 
@@ -87,13 +85,11 @@ class Plan:
         return usd_per_tokens(price.usd_per_hour * self.recommended.gpus, self.speed.tokens_per_s)
 
 
-def at_rate(question: Question, workload: Workload) -> Question:
-    """The same for requests that come at a rate: with as many at once as the fewest GPUs that keep up have under way.
+def at_rate(question: Question, rate: float) -> Question:
+    """The same for `rate` requests a second: with as many at once as the fewest GPUs that keep up have under way.
 
     Raises CapacityError if none do.
     """
-    offsets = workload.offsets()
-    rate = len(offsets) / offsets[-1] if offsets[-1] else math.inf
     for split in question.splits:
         fit = weigh(question, split)
         most = min(fit.max_requests, question.base.batching.max_num_seqs)
@@ -103,7 +99,7 @@ def at_rate(question: Question, workload: Workload) -> Question:
     most_gpus = max(tp * pp for tp, pp in question.splits)
     raise CapacityError(
         f"{rate:.3g} requests a second are more than {most_gpus} x {question.base.hardware.name} keep up with",
-        "see what does with `--compare --concurrency 64`, or ask for less",
+        "see what does with `--compare`, or ask for less",
     )
 
 
@@ -116,7 +112,7 @@ def answer(question: Question) -> Plan:
     running = question.load.at(min(question.needed, shown.max_requests))
     return Plan(
         question=question,
-        comparisons=side_by_side(step, shown.budget, question.load.at(question.needed)),
+        comparisons=side_by_side(step, shown.budget, question.batch),
         fits=fits,
         recommended=recommended,
         smaller=_smaller(question, recommended),

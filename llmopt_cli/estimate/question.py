@@ -40,6 +40,11 @@ class Question:
         return min(self.load.concurrency, self.base.batching.max_num_seqs)
 
     @property
+    def batch(self) -> Load:
+        """The load as far as it is in memory at once; the rest of it waits."""
+        return self.load.at(self.needed)
+
+    @property
     def max_model_len(self) -> int:
         """Tokens of the longest request that the engine is to accept."""
         return self.base.batching.max_model_len or self.base.spec.max_context

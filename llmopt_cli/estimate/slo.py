@@ -5,11 +5,12 @@ Both search the closed forms, which know means in a steady state only; percentil
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 
 from llmopt_cli.estimate.latency import StepModel
 from llmopt_cli.estimate.load import Load
-from llmopt_cli.spec.workload import Slo
+from llmopt_cli.spec.workload import Slo, Workload
 
 
 def meets(step: StepModel, load: Load, slo: Slo) -> bool:
@@ -30,6 +31,17 @@ def best_load(step: StepModel, load: Load, slo: Slo, most: int) -> Load | None:
 def request_rate(step: StepModel, load: Load) -> float:
     """Requests a second that a closed loop completes: Little's law, requests at once / seconds of each."""
     return load.concurrency / (step.ttft(load) + step.tpot(load) * (load.output_len - 1))
+
+
+def offered_rate(workload: Workload) -> float | None:
+    """Requests a second that come in an open loop, infinite where all come at once.
+
+    None in a closed loop, and for a single request.
+    """
+    offsets = workload.offsets()
+    if len(offsets) < 2:
+        return None
+    return (len(offsets) - 1) / offsets[-1] if offsets[-1] else math.inf
 
 
 def keep_up(step: StepModel, load: Load, rate: float, most: int) -> Load | None:

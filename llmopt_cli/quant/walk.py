@@ -20,7 +20,7 @@ from llmopt_cli.errors import ModelError
 from llmopt_cli.quant.skeleton import Skeleton
 from llmopt_cli.quant.structure import Group
 
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 512
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]  # of every block, but for the hidden states
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 from llmopt_cli.estimate.choices import remark
@@ -18,12 +19,19 @@ if TYPE_CHECKING:
     from llmopt_cli.estimate.offer import Offer
 
 
+CAPTIONS = (
+    "by USD for 1M output tokens, prompts included; without a price by tokens/s per GPU; what holds the whole load and",
+    "by USD an hour; 1M out: as if the GPUs were never idle; fits: the requests under way at this rate; what",
+)
+
+
 def data(comparison: Comparison, top: int) -> dict[str, Any]:
     """The best `top` as JSON, and how many there were."""
     return {
         "model": comparison.question.base.spec.name,
         "weighed": comparison.weighed,
-        "hold_a_request": len(comparison.offers),
+        "requests_per_s": comparison.rate,
+        ("hold_a_request" if comparison.rate is None else "keep_up"): len(comparison.offers),
         "slo": dataclasses.asdict(comparison.slo),
         "ranked": [offer_data(one) for one in comparison.offers[:top]],
         "cheapest": comparison.cheapest and offer_data(comparison.cheapest),
@@ -33,26 +41,39 @@ def data(comparison: Comparison, top: int) -> dict[str, Any]:
 def render(comparison: Comparison, top: int) -> list[RenderableType]:
     """The best `top`, and the cheapest that does."""
     if not comparison.offers:
-        return [f"None of {comparison.weighed:,} deployments holds {comparison.question.base.spec.name}."]
+        wanted = f"{_asked(comparison)} of " if comparison.rate else ""
+        return [f"None of {comparison.weighed:,} deployments holds {wanted}{comparison.question.base.spec.name}."]
     columns = ("deployment", "precision", "fits", "TTFT ms", "TPOT ms", "tok/s", "per GPU", "$/h", "1M out", "limits")
     rows = [_row(comparison, one) for one in comparison.offers[:top]]
     load, shown = comparison.question.load, min(top, len(rows))
     title = (
-        f"{comparison.question.base.spec.name}, {load.concurrency:,} requests at once, "
-        f"{load.input_len:,.0f} tokens in, {load.output_len:,.0f} out: the best {shown} of "
-        f"{len(comparison.offers):,} that hold a request ({comparison.weighed:,} weighed)"
+        f"{comparison.question.base.spec.name}, {_asked(comparison)}, "
+        f"{load.input_len:,.0f} tokens in, {load.output_len:,.0f} out: the best {shown} of {len(comparison.offers):,} "
+        f"that {'keep up' if comparison.rate else 'hold a request'} ({comparison.weighed:,} weighed)"
     )
-    order = "by USD for 1M output tokens, prompts included; without a price by tokens/s per GPU"
-    caption = f"{order}; what holds the whole load and keeps to the limits comes first"
+    caption = f"{CAPTIONS[comparison.rate is not None]} keeps to the limits comes first"
     return [table(title, columns, rows, caption), _cheapest(comparison)]
 
 
+def _asked(comparison: Comparison) -> str:
+    if comparison.rate is None:
+        return f"{comparison.question.load.concurrency:,} requests at once"
+    return f"{plain(comparison.rate, 3)} requests a second" if comparison.rate < math.inf else "all requests together"
+
+
+def _held(comparison: Comparison, one: Offer) -> str:
+    if comparison.rate is not None:
+        return f"{one.load.concurrency} at once"
+    needed = comparison.question.needed
+    return "yes" if one.load.concurrency >= needed else f"{one.load.concurrency} of {needed}"
+
+
 def _row(comparison: Comparison, one: Offer) -> tuple[str, ...]:
-    on, needed = one.on, comparison.question.needed
+    on = one.on
     return (
         name(one),
         " ".join(filter(None, (on.scheme.name, f"({said})" if (said := remark(on.scheme, on.hardware)) else ""))),
-        "yes" if one.load.concurrency >= needed else f"{one.load.concurrency} of {needed}",
+        _held(comparison, one),
         plain(one.ttft * 1e3, 3),
         plain(one.tpot * 1e3, 3),
         f"{one.tokens_per_s:,.0f}",

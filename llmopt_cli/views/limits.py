@@ -1,4 +1,4 @@
-"""How limits look: as JSON and as the lines of `llmopt estimate --limits`. Computes nothing."""
+"""How limits look: as JSON and as lines and a table of `llmopt estimate`. Computes nothing."""
 
 from __future__ import annotations
 

@@ -119,6 +119,46 @@ def test_a_wrong_request_is_one_sentence_a_hint_and_exit_2(args: list[str], said
     assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("args", "flag"),
+    [
+        (["--gpu", "h100", "--plot", "x.png"], "--plot has no effect on a plain estimate"),
+        (["--gpu", "h100", "--replicas", "2"], "--replicas has no effect on a plain estimate"),
+        (["--compare", "-o", "x.yaml"], "--output has no effect on --compare"),
+        (["--gpu", "h100", "--simulate", "--prefix-hit", "0.5"], "--prefix-hit has no effect on --simulate"),
+        (["--gpu", "h100", "--ladder", "--scheme", "fp8"], "--scheme has no effect on --ladder"),
+        (["--validate", "x.csv"], "--model has no effect on --validate"),
+        (["--calibrate", "results"], "--model has no effect on --calibrate"),
+    ],
+)
+def test_a_flag_that_an_answer_does_not_read_is_refused(args: list[str], flag: str) -> None:
+    ran = llmopt("estimate", "--model", "8b", *args)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert f"error: {flag}" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "args", [["--requests-per-day", "inf"], ["--gpu-price", "1e308"], ["--spot-price", "nan"], ["--slo", ""]]
+)
+def test_absurd_amounts_are_refused(args: list[str]) -> None:
+    ran = llmopt("estimate", "--model", "8b", "--gpu", "h100", *args, "--json")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "Traceback" not in ran.stderr
+
+
+def test_limits_are_those_of_the_requests_that_are_in_memory_at_once() -> None:
+    ran = llmopt("estimate", "--model", "8b", "--gpu", "h100", "--concurrency", "1000", "--json")
+    data = json.loads(ran.stdout)
+    assert data["recommended_gpus"] == data["limits"]["fewest_gpus"]["bf16"]["gpus"] == 1
+    assert data["limits"]["max_context_at_requests"] == 256
+
+
+def test_the_ladder_of_equal_requests_spreads_their_lengths() -> None:
+    said = llmopt("estimate", "--model", "8b", "--gpu", "h100", "--ladder").stdout
+    assert "spread as in the chat workload" in said
+    assert not re.search(r"waits for its longest answer, 1\.0 x", said)
+
+
 @pytest.mark.parametrize(("verb", "count", "row"), [("gpus", 58, "A100-SXM4-80GB"), ("models", 94, "Llama-3.1-70B")])
 def test_catalogues_are_listed_with_sources(verb: str, count: int, row: str) -> None:
     assert row in llmopt(verb).stdout

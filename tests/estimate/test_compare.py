@@ -13,9 +13,11 @@ from llmopt_cli.errors import UsageError
 from llmopt_cli.estimate.choices import remark, runs_on, schemes
 from llmopt_cli.estimate.compare import Comparison, compare, thinned
 from llmopt_cli.estimate.deployment import Deployment, wanted
+from llmopt_cli.estimate.latency import StepModel
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.pareto import Axis, Point, frontier, picture
 from llmopt_cli.estimate.plan import Verdict
+from llmopt_cli.estimate.slo import request_rate
 from llmopt_cli.estimate.splits import splits
 from llmopt_cli.spec.catalog import find_gpu, find_model, gpus
 from llmopt_cli.spec.scheme import find_scheme
@@ -102,6 +104,27 @@ def test_the_cheapest_keeps_to_the_limits_and_nothing_that_does_is_cheaper() -> 
     others = [one.usd_per_hour for one in found.offers if one.good and one.usd_per_hour is not None]
     assert found.cheapest.usd_per_hour == min(others)
     assert compared(slo=Slo(tpot_ms=0.01)).cheapest is None
+
+
+def test_at_a_rate_each_is_timed_with_what_it_then_has_under_way() -> None:
+    asked = wanted(None, model="8b", gpu="l4")
+    found = compare(asked, LOAD, Slo(), rate=2.0)
+    assert found.offers
+    assert len({one.load.concurrency for one in found.offers}) > 3
+    for one in found.offers:
+        step = StepModel(one.on)
+        assert request_rate(step, one.load) >= 2.0
+        assert one.load.concurrency == 1 or request_rate(step, one.load.at(one.load.concurrency - 1)) < 2.0
+    hourly = [one.usd_per_hour for one in found.offers if one.usd_per_hour is not None]
+    assert hourly == sorted(hourly)
+    faster = compare(asked, LOAD, Slo(), rate=8.0)
+    assert 0 < len(faster.offers) < len(found.offers)
+    assert not compare(asked, LOAD, Slo(), rate=1e6).offers
+
+
+def test_one_price_is_not_that_of_all_the_catalogue() -> None:
+    with pytest.raises(UsageError, match="--gpu-price is that of one GPU"):
+        compare(wanted(None, model="8b"), LOAD, Slo(), gpu_price=3.0)
 
 
 def test_a_named_accelerator_precision_or_split_stays() -> None:

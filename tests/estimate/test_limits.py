@@ -71,6 +71,13 @@ def test_fewest_gpus_of_the_usual_verdicts(model: str, gpu: str, scheme: str, gp
     assert found.gpus == gpus
 
 
+@pytest.mark.parametrize(("gpu", "split"), [("l40s", (2, 8)), ("h100", (8, 2))])
+def test_over_pcie_no_more_than_two_share_a_layer(gpu: str, split: tuple[int, int]) -> None:
+    found = fewest_gpus(deployment("405b", gpu, "fp8" if gpu == "l40s" else "bf16"), ONE)
+    assert found is not None
+    assert (found.tp, found.pp) == split
+
+
 def test_what_no_64_gpus_hold_is_said() -> None:
     assert fewest_gpus(deployment("deepseek-v3", "t4"), ONE) is None
 

@@ -19,6 +19,11 @@ def test_fixed_lengths_are_all_alike() -> None:
     assert (load.input_len, load.output_len, load.longest, load.context) == (1000, 200, 1200, 1100)
 
 
+def test_a_workload_of_equal_requests_is_one_size() -> None:
+    alike = replace(Workload.read("chat"), input_len=Lengths(mean=1024), output_len=Lengths(mean=256))
+    assert Load.of(alike).sizes == Load.fixed(1, 1024, 256).sizes
+
+
 def test_the_mean_context_counts_long_answers_as_often_as_they_are_met() -> None:
     load = Load(1, (Size(100, 1000), Size(100, 10)))
     steps = [100 + position / 2 for position in (1000,)] * 1000 + [100 + 5.0] * 10

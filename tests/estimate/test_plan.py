@@ -16,7 +16,7 @@ from llmopt_cli.estimate.latency import StepModel
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.plan import Fit, Plan, Verdict, answer, at_rate, chosen, title
 from llmopt_cli.estimate.question import ask
-from llmopt_cli.estimate.slo import request_rate
+from llmopt_cli.estimate.slo import offered_rate, request_rate
 from llmopt_cli.spec.catalog import gpus, models
 from llmopt_cli.spec.hardware import GIB
 from llmopt_cli.spec.scheme import SCHEMES
@@ -145,12 +145,14 @@ def test_stages_are_weighed_as_asked() -> None:
 def test_requests_at_a_rate_keep_as_many_busy_as_little_says() -> None:
     traffic = replace(Workload.read("chat"), arrivals=Arrivals(rate=20.0))
     question = ask(wanted(None, model="8b", gpu="h100"), Load.of(traffic))
-    busy = at_rate(question, traffic).load.concurrency
+    rate = offered_rate(traffic)
+    assert rate == pytest.approx(20)
+    busy = at_rate(question, rate).load.concurrency
     step = StepModel(question.base)
-    assert request_rate(step, question.load.at(busy)) >= len(traffic.offsets()) / traffic.offsets()[-1]
-    assert request_rate(step, question.load.at(busy - 1)) < len(traffic.offsets()) / traffic.offsets()[-1]
+    assert request_rate(step, question.load.at(busy)) >= rate
+    assert request_rate(step, question.load.at(busy - 1)) < rate
     with pytest.raises(CapacityError, match="requests a second are more than"):
-        at_rate(question, replace(traffic, arrivals=Arrivals(rate=1e6)))
+        at_rate(question, 1e6)
 
 
 def test_the_recommended_deployment_is_a_recipe() -> None:

@@ -135,6 +135,9 @@ def test_unknown_names_list_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="unknown model `lama-2-70`") as model:
         find_model("lama-2-70")
     assert "Llama-2-70B" in str(model.value.hint)
+    with pytest.raises(UnknownNameError) as far:
+        find_gpu("vv")
+    assert str(far.value.hint).startswith("nearest: V100")  # not the first of the alphabet
 
 
 def test_ambiguous_names_list_every_match() -> None:

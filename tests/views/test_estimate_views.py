@@ -113,6 +113,9 @@ def test_a_comparison_shows_the_best_and_counts_the_rest() -> None:
 
 
 def test_an_empty_comparison_says_so() -> None:
+    at_rate = compare(wanted(None, model="8b", gpu="h100"), LOAD, Slo(), rate=2.5)
+    assert "2.5 requests a second" in text(compare_view.render(at_rate, 3))
+    assert compare_view.data(at_rate, 3)["requests_per_s"] == 2.5
     found = compare(wanted(None, model="405b", gpu="t4"), LOAD, Slo())
     assert "holds Llama-3.1-405B" in text(compare_view.render(found, 5))
     assert compare_view.data(found, 5)["cheapest"] is None
