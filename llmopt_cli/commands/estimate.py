@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from llmopt_cli.output import Output
 
 if TYPE_CHECKING:
     from llmopt_cli.estimate.load import Load
-    from llmopt_cli.estimate.plan import Plan
     from llmopt_cli.estimate.question import Question
     from llmopt_cli.spec.recipe import Recipe
     from llmopt_cli.spec.workload import Slo, Workload
@@ -160,7 +160,8 @@ def estimate(
 
 def _check_read(context: typer.Context, answer: str) -> None:
     """Refuse a flag that the answer does not read: silence would pass for an answer to it."""
-    for name in UNREAD.get(answer, context.params.keys() - {answer, "json"}):
+    everything = tuple(name for name in context.params if name not in (answer, "json"))
+    for name in UNREAD.get(answer, everything):
         source = context.get_parameter_source(name)
         if source and source.name == "COMMANDLINE":
             asked = "a plain estimate" if answer == "plan" else f"--{answer}"
@@ -175,8 +176,6 @@ def _plan(out: Output, given: Given) -> None:
     wanted, slo = _recipe(given), _slo(given)
     found = plan.answer(_question(given, wanted))
     fit = found.recommended or found.fits[-1]
-    if given["output"]:
-        _write(out, given, found, wanted)
     money = bill.bill(
         found,
         slo,
@@ -191,16 +190,12 @@ def _plan(out: Output, given: Given) -> None:
         advice=advice.advise(found, slo),
         speedups=precision.speedups(fit.on, found.question.load),
         bill=money,
-        detailed=any(given[name] for name in ("slo", "spot_price", "api_price", "requests_per_day")),
+        detailed=any(given[name] is not None for name in ("slo", "spot_price", "api_price", "requests_per_day")),
     )
     out.result(view.data(whole), lambda: view.render(whole))
-
-
-def _write(out: Output, given: Given, found: Plan, wanted: Recipe) -> None:
-    from llmopt_cli.estimate import plan
-
-    plan.chosen(found, wanted).write(given["output"], plan.title(found))
-    out.note(f"written: {given['output']}")
+    if given["output"]:
+        plan.chosen(found, wanted).write(given["output"], plan.title(found))
+        out.note(f"written: {given['output']}")
 
 
 def _compare(out: Output, given: Given) -> None:
@@ -300,15 +295,16 @@ def _recipe(given: Given) -> Recipe:
 
 
 def _speculation(given: Given) -> Any:
-    from llmopt_cli.spec.recipe import Speculation
+    from llmopt_cli.spec.recipe import Recipe, Speculation
 
-    names = {"num_speculative_tokens", "acceptance"}
+    names = ("num_speculative_tokens", "acceptance")
     settings = {name: given[name] for name in names if given[name] is not None}
-    if given["draft_model"] is None:
-        if settings:
-            raise UsageError("there is nothing to speculate with", "add `--draft-model 1b`")
-        return None
-    return Speculation(given["draft_model"], **settings)
+    known = Recipe.read(given["recipe"]).speculation if given["recipe"] else None
+    if given["draft_model"]:
+        return Speculation(given["draft_model"], **settings)
+    if settings and known is None:
+        raise UsageError("there is nothing to speculate with", "add `--draft-model 1b`")
+    return dataclasses.replace(known, **settings) if settings and known else None
 
 
 def _question(given: Given, wanted: Recipe) -> Question:
@@ -324,7 +320,8 @@ def _question(given: Given, wanted: Recipe) -> Question:
 def _load(given: Given, wanted: Recipe) -> Load:
     from llmopt_cli.estimate.load import Load
 
-    load = Load.of(_workload(given), wanted.batching.max_model_len)
+    # Long requests of a workload are clipped as an engine clips them; lengths that flags name are taken at their word.
+    load = Load.of(_workload(given), wanted.batching.max_model_len if given["workload"] else None)
     return load if given["prefix_hit"] is None else replace(load, cached_share=given["prefix_hit"])
 
 

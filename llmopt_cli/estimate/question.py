@@ -81,6 +81,8 @@ def _check_lengths(question: Question) -> None:
     spec, limit, load = question.base.spec, question.max_model_len, question.load
     if limit > spec.max_context:
         raise UsageError(f"--max-model-len {limit:,} is beyond the {spec.max_context:,} tokens of {spec.name}")
+    if limit < 2:
+        raise UsageError(f"--max-model-len {limit} has no room for a prompt and an answer", "give it 2 or more")
     if load.longest > limit:
         longest = max(load.sizes, key=sum)
         raise UsageError(

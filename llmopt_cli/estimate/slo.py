@@ -5,9 +5,9 @@ Both search the closed forms, which know means in a steady state only; percentil
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 
+from llmopt_cli.errors import UsageError
 from llmopt_cli.estimate.latency import StepModel
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.spec.workload import Slo, Workload
@@ -34,14 +34,16 @@ def request_rate(step: StepModel, load: Load) -> float:
 
 
 def offered_rate(workload: Workload) -> float | None:
-    """Requests a second that come in an open loop, infinite where all come at once.
+    """Requests a second that come in an open loop; None in a closed one, and for a single request.
 
-    None in a closed loop, and for a single request.
+    Raises UsageError where all come at the same time.
     """
     offsets = workload.offsets()
     if len(offsets) < 2:
         return None
-    return (len(offsets) - 1) / offsets[-1] if offsets[-1] else math.inf
+    if not offsets[-1]:
+        raise UsageError(f"all requests of {workload.name} come at the same time", "give a --concurrency instead")
+    return (len(offsets) - 1) / offsets[-1]
 
 
 def keep_up(step: StepModel, load: Load, rate: float, most: int) -> Load | None:

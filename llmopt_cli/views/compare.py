@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any
 
 from llmopt_cli.estimate.choices import remark
@@ -58,7 +57,7 @@ def render(comparison: Comparison, top: int) -> list[RenderableType]:
 def _asked(comparison: Comparison) -> str:
     if comparison.rate is None:
         return f"{comparison.question.load.concurrency:,} requests at once"
-    return f"{plain(comparison.rate, 3)} requests a second" if comparison.rate < math.inf else "all requests together"
+    return f"{plain(comparison.rate, 3)} requests a second"
 
 
 def _held(comparison: Comparison, one: Offer) -> str:

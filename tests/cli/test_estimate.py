@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -146,6 +147,42 @@ def test_absurd_amounts_are_refused(args: list[str]) -> None:
     assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--max-model-len", "512"], "input 1,024 + output 256 tokens exceed the context of 512"),
+        (["--max-model-len", "1"], "--max-model-len 1 has no room"),
+        (["--max-model-len", "1", "--workload", "chat"], "--max-model-len 1 has no room"),
+    ],
+)
+def test_lengths_beyond_the_context_are_refused_not_cut(flags: list[str], said: str) -> None:
+    ran = llmopt("estimate", "--model", "8b", "--gpu", "h100", *flags)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert f"error: {said}" in ran.stderr
+
+
+def test_what_fits_nowhere_is_answered_and_has_no_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    ran = llmopt("estimate", "--model", "405b", "--gpu", "t4", "-o", str(file))
+    assert ran.returncode == 1
+    assert "Recommended: none" in ran.stdout
+    assert "so there is no recipe" in ran.stderr
+    assert llmopt("estimate", "--model", "8b", "--gpu", "h100", "--api-price", "x", "-o", str(file)).returncode == 2
+    assert not file.exists()
+
+
+def test_a_written_recipe_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    flags = ["--scheme", "awq", "--kv-cache-dtype", "fp8", "--draft-model", "1b", "--max-num-seqs", "48"]
+    first = llmopt("estimate", "--model", "70b", "--gpu", "h100x4", *flags, "-o", str(file), "--json")
+    assert first.returncode == 0, first.stderr
+    again = llmopt("estimate", "--recipe", str(file), "--json")
+    one, other = json.loads(first.stdout), json.loads(again.stdout)
+    assert other["memory"] == one["memory"][:1]
+    assert other["speed"] == one["speed"]
+    assert llmopt("estimate", "--recipe", str(file), "-o", str(file)).returncode == 2
+
+
 def test_limits_are_those_of_the_requests_that_are_in_memory_at_once() -> None:
     ran = llmopt("estimate", "--model", "8b", "--gpu", "h100", "--concurrency", "1000", "--json")
     data = json.loads(ran.stdout)
@@ -165,3 +202,14 @@ def test_catalogues_are_listed_with_sources(verb: str, count: int, row: str) -> 
     listed = json.loads(llmopt(verb, "--json").stdout)
     assert len(listed) == count
     assert all(entry.get("source") or entry.get("spec_source") for entry in listed)
+
+
+def test_flags_change_the_speculation_of_a_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "speculating.yaml"
+    recipe.write_text("model: 70b\ngpu: h100x4\nengine: vllm\nspeculation: {model: 1b, acceptance: 0.6}\n")
+
+    def tpot(*flags: str) -> float:
+        run = llmopt("estimate", "--recipe", str(recipe), "--json", *flags)
+        return float(json.loads(run.stdout)["speed"]["tpot_s"])
+
+    assert tpot("--acceptance", "0.9") < tpot() < tpot("--acceptance", "0.1")

@@ -13,6 +13,7 @@ from llmopt_cli.errors import AmbiguousNameError, ConfigFileError, UnknownNameEr
 from llmopt_cli.estimate.memory import kv_bytes_per_token
 from llmopt_cli.spec.catalog import find_gpu, find_model, gpus, models
 from llmopt_cli.spec.model import ModelSpec
+from llmopt_cli.spec.scheme import find_scheme
 
 DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 GEFORCE = ("RTX 5090", "RTX 4090", "RTX 3090", "RTX 3090 Ti", "RTX 4080 SUPER", "RTX 4060 Ti 16GB")
@@ -136,8 +137,9 @@ def test_unknown_names_list_the_nearest() -> None:
         find_model("lama-2-70")
     assert "Llama-2-70B" in str(model.value.hint)
     with pytest.raises(UnknownNameError) as far:
-        find_gpu("vv")
-    assert str(far.value.hint).startswith("nearest: V100")  # not the first of the alphabet
+        find_scheme("foo")  # however far all of them are, they are not the first of the alphabet
+    assert "nf4" in str(far.value.hint)
+    assert "awq" not in str(far.value.hint)
 
 
 def test_ambiguous_names_list_every_match() -> None:
