@@ -11,7 +11,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-INSTRUCTION_SETS = {"default": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-march=x86-64-v4"]}
+INSTRUCTION_SETS = {"default": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-march=x86-64-v4"]}
 if platform.machine().lower() not in ("x86_64", "amd64"):
     INSTRUCTION_SETS = {"default": []}
 

@@ -57,6 +57,10 @@ LongPrefillOpt = Annotated[
     int | None,
     typer.Option("--long-prefill-token-threshold", min=0, help="Most tokens of a step for one prompt beside others."),
 ]
+DeterministicOpt = Annotated[
+    bool | None,
+    typer.Option("--deterministic", help="The same logits bit for bit, whatever else is in the batch; slower."),
+]
 ScheduleLogOpt = Annotated[
     Path | None, typer.Option("--schedule-log", help="Log what the scheduler does, prompts included: `llmopt replay`.")
 ]
@@ -74,6 +78,7 @@ RECIPE_FLAGS = (  # the parameters of the options above that are fields of a rec
     "batching_mode",
     "scheduling_policy",
     "long_prefill_token_threshold",
+    "deterministic",
 )
 
 

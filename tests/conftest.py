@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,22 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+STRONG = {"initializer_range": 0.3, "vocab_size": 512}  # weights so large that every token depends on all before it
+
+
+@pytest.fixture(scope="session")
+def families() -> dict[str, dict[str, Any]]:
+    """The rows of families.yaml."""
+    rows: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "tests" / "families.yaml").read_text())
+    return rows
+
+
+@pytest.fixture(scope="session")
+def strong(tiny: Callable[..., Path], families: dict[str, dict[str, Any]]) -> Callable[[str], Path]:
+    """Makes a checkpoint folder of the family of that name in families.yaml; its attention decides what it says."""
+    return lambda name: tiny(**({k: v for k, v in families[name].items() if k != "refused"} | STRONG))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes a checkpoint folder of a tiny random model: `tiny("Qwen2Config", "Qwen2ForCausalLM", sliding_window=8)`.
@@ -66,9 +83,10 @@ def _make(family: str, folder: Path, changes: dict[str, Any]) -> Path:
 
     config = getattr(transformers, f"{family}Config")(**(TINY | changes))
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).float().eval()
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(8)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    if "initializer_range" not in changes:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(8)
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(DEMO / file, folder)

@@ -5,21 +5,30 @@ Imports torch and nothing of llmopt.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from llmopt_kernels import cpu, reference
-from llmopt_kernels.paging import QUANTIZED, PagedBatch, Pages, Rows, Span
+from llmopt_kernels import cpu, reference, rowwise
+from llmopt_kernels.paging import QUANTIZED, PagedBatch, Pages, Rows, Rule, Span, sees
+from llmopt_kernels.reference import attend, pack_low
+from llmopt_kernels.rowwise import Rowwise
 
 __all__ = [
     "QUANTIZED",
     "PagedBatch",
     "Pages",
     "Rows",
+    "Rowwise",
+    "Rule",
     "Span",
+    "attend",
     "int4_linear",
+    "nibbles",
+    "pack_low",
     "paged_attention",
     "rms_norm",
     "rotary",
+    "sees",
     "silu_mul",
     "store_kv",
 ]
@@ -43,7 +52,17 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """See `reference.int4_linear`."""
+    if rowwise.active() and cpu.fits(x):  # always the op for few rows
+        flat = x.reshape(-1, x.shape[-1])
+        parts = [cpu.int4_linear(part, codes, scales, zeros) for part in torch.split(flat, cpu.MOST_ROWS)]
+        return torch.cat(parts).view(*x.shape[:-1], -1)
     return cpu.int4_linear(x, codes, scales, zeros) if cpu.fits(x) else reference.int4_linear(x, codes, scales, zeros)
+
+
+def nibbles(packed: Tensor, bits: int) -> Tensor:
+    """See `reference.nibbles`."""
+    compiled = packed.device.type == "cpu" and cpu.library() is not None
+    return cpu.nibbles(packed, bits) if compiled else reference.nibbles(packed, bits)
 
 
 def store_kv(key: Tensor, value: Tensor, k: Pages, v: Pages, slots: Tensor) -> None:
@@ -52,12 +71,12 @@ def store_kv(key: Tensor, value: Tensor, k: Pages, v: Pages, slots: Tensor) -> N
     home.store_kv(key, value, k, v, slots)
 
 
-def paged_attention(
-    query: Tensor, k: Pages, v: Pages, batch: PagedBatch, scale: float, window: int | None = None
-) -> Tensor:
+def paged_attention(query: Tensor, k: Pages, v: Pages, batch: PagedBatch, rule: Rule) -> Tensor:
     """Causal attention of packed queries (T, H, D) over the paged cache -> (T, H, Dv); see `reference.attend_rows`."""
     out = query.new_empty(*query.shape[:-1], v.values.shape[-1])
+    able, alone = cpu.fits(query) and cpu.reads(query, k), rowwise.active()
     for group in batch.groups:
-        home = cpu if cpu.takes(group) and cpu.fits(query) and cpu.reads(query, k) else reference
-        home.attend_rows(query, k, v, out, group, scale, window)
+        home = cpu if able and (alone or cpu.takes(group)) else reference
+        for rows in group.singles() if alone and home is reference else (group,):
+            home.attend_rows(query, k, v, out, rows, rule)
     return out

@@ -1,5 +1,5 @@
 """`Pages`: the keys or values of one layer's cache. `PagedBatch`: which query tokens of a step belong to whom, and
-which cache slots each may look at.
+which cache slots each may look at. `Rule`: what a layer makes of what it sees.
 
 A batch is built once a step and shared by all layers. A slot is a token's place in the cache: block * block_size +
 offset. There is room for more: block tables could differ per layer, and `visible` could hold a mask among drafts.
@@ -7,10 +7,11 @@ offset. There is room for more: block tables could differ per layer, and `visibl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -26,17 +27,22 @@ QUANTIZED = {  # the largest value of each dtype into which a cache can be quant
 class Pages:
     """Cached keys or values of one layer: `values` (S, K, D) in the model's dtype, or in one of QUANTIZED.
 
-    Those have `scales` float32 (S, K): every token's head has its own, so nothing has to be calibrated.
+    Those have `scales` float32 (S, K): every token's head has its own, so nothing has to be calibrated. A `fixed` scale
+    was calibrated: all of `scales` are that, and what is larger than the dtype holds is cut off.
     """
 
     values: Tensor
     scales: Tensor | None = None
+    fixed: float | None = None
 
     @classmethod
-    def empty(cls, slots: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Self:
+    def empty(
+        cls, slots: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device, fixed: float | None = None
+    ) -> Self:
         """Zeros, not garbage: a masked NaN would still poison the sum over values."""
         values = torch.zeros(slots, heads, dim, dtype=dtype, device=device)
-        return cls(values, torch.zeros(slots, heads, device=device) if dtype in QUANTIZED else None)
+        scales = torch.full((slots, heads), fixed or 0.0, device=device) if dtype in QUANTIZED else None
+        return cls(values, scales, fixed)
 
     @property
     def nbytes(self) -> int:
@@ -44,8 +50,22 @@ class Pages:
         return self.values.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
 
-@dataclass(frozen=True)
-class Span:
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """How one layer attends: scores are `q k^T * scale`, bent to `softcap * tanh(score / softcap)` if there is one.
+
+    A token sees `window` positions, itself included, and none before its own `chunk` of so many positions. `sinks`
+    float32 (H,) are scores that take their part of each head's softmax and give no value (gpt-oss).
+    """
+
+    scale: float
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class Span(NamedTuple):
     """The queries of one request in a step: `length` tokens, the last of `context` cached ones, in these blocks."""
 
     length: int
@@ -66,7 +86,7 @@ class Rows:
     lengths: Tensor
     longest: int
     block_size: int
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict)
 
     @cached_property
     def slots(self) -> Tensor:
@@ -74,17 +94,33 @@ class Rows:
         offsets = torch.arange(self.block_size, device=self.tables.device)
         return (self.tables[..., None] * self.block_size + offsets).flatten(1)[:, : self.longest]
 
-    def visible(self, window: int | None) -> Tensor:
-        """(B, 1, Q, L) bool: causal, aligned at each request's last token; with `window` only that many positions."""
-        if window not in self._masks:
+    def singles(self) -> Iterator[Rows]:
+        """Every query token as a group of its own, with what it may see as its whole past."""
+        count = self.rows.shape[1]
+        for request, length in enumerate(self.lengths.tolist()):
+            for query in range(count):
+                seen = length - count + query + 1
+                one = slice(request, request + 1)
+                lengths = torch.full_like(self.lengths[one], seen)
+                yield Rows(self.rows[one, query : query + 1], self.tables[one], lengths, seen, self.block_size)
+
+    def visible(self, rule: Rule) -> Tensor:
+        """(B, 1, Q, L) bool: causal, aligned at each request's last token, within the rule's window and chunk."""
+        key = (rule.window, rule.chunk)
+        if key not in self._masks:
             device, count = self.tables.device, self.rows.shape[1]
             keys = torch.arange(self.longest, device=device)
             queries = self.lengths[:, None] - torch.arange(count, 0, -1, device=device)  # (B, Q) positions
-            mask = keys <= queries[..., None]
-            if window is not None:
-                mask &= keys > queries[..., None] - window
-            self._masks[window] = mask[:, None]
-        return self._masks[window]
+            self._masks[key] = sees(queries[..., None], keys, rule.window, rule.chunk)[:, None]
+        return self._masks[key]
+
+
+def sees(queries: Tensor, keys: Tensor, window: int | None, chunk: int | None) -> Tensor:
+    """Whether the token at each position of `queries` sees that of `keys`; both are broadcast."""
+    mask = keys <= queries
+    if window is not None:
+        mask = mask & (keys > queries - window)
+    return mask if chunk is None else mask & (keys >= queries // chunk * chunk)
 
 
 class PagedBatch:
@@ -102,19 +138,18 @@ class PagedBatch:
     @cached_property
     def positions(self) -> Tensor:
         """(T,) the position of every query token in its sequence."""
-        each = [position for span in self.spans for position in range(span.context - span.length, span.context)]
-        return torch.tensor(each, device=self._device)
+        return _indices(
+            [at for span in self.spans for at in range(span.context - span.length, span.context)], self._device
+        )
 
     @cached_property
     def new_slots(self) -> Tensor:
         """(T,) the slot of every query token."""
         size = self._block_size
-        slots = [
-            span.blocks[position // size] * size + position % size
-            for span in self.spans
-            for position in range(span.context - span.length, span.context)
-        ]
-        return torch.tensor(slots, device=self._device)
+        slots: list[int] = []
+        for length, context, blocks in self.spans:
+            slots += [blocks[at // size] * size + at % size for at in range(context - length, context)]
+        return _indices(slots, self._device)
 
     @cached_property
     def groups(self) -> list[Rows]:
@@ -129,14 +164,22 @@ class PagedBatch:
 
     def _group(self, placed: Sequence[tuple[int, Span]]) -> Rows:
         size, count = self._block_size, placed[0][1].length
-        longest = max(span.context for _, span in placed)
+        longest = max([span.context for _, span in placed])
         width = -(-longest // size)
-        tables = [[*span.blocks[:width], *[0] * (width - len(span.blocks))] for _, span in placed]
-        starts = torch.tensor([start for start, _ in placed], device=self._device)
+        padding, tables = [0] * width, array("q")
+        for _, span in placed:
+            tables.extend(span.blocks[:width])
+            tables.extend(padding[len(span.blocks) :])
+        starts = _indices([start for start, _ in placed], self._device)
         return Rows(
             rows=starts[:, None] + torch.arange(count, device=self._device),
-            tables=torch.tensor(tables, device=self._device),
-            lengths=torch.tensor([span.context for _, span in placed], device=self._device),
+            tables=_indices(tables, self._device).view(-1, width),
+            lengths=_indices([span.context for _, span in placed], self._device),
             longest=longest,
             block_size=size,
         )
+
+
+def _indices(numbers: Iterable[int], device: torch.device) -> Tensor:
+    """int64 (n,): by way of an array, which takes a list of numbers several times faster than torch does."""
+    return torch.frombuffer(array("q", numbers), dtype=torch.int64).to(device)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmopt_kernels.paging import QUANTIZED, Pages, Rows
+from llmopt_kernels.paging import QUANTIZED, Pages, Rows, Rule, sees
 
 SMALLEST_SCALE = 1e-12  # of a head of zeros
+TILE = {"cpu": 1, "cuda": 16}  # rows of one product in `linear_rows`
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -36,16 +37,53 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K) times weight (N, K) transposed, in products of always the same shape: no row depends on the others.
+
+    A row's result depends on the shape of a library's product, for that decides the order of its additions.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    parts = []
+    for part in torch.split(rows, TILE[x.device.type]):
+        tile = x.new_zeros(TILE[x.device.type], x.shape[-1])  # of its own: alignment decides, too
+        tile[: len(part)] = part
+        parts.append(F.linear(tile, weight, bias)[: len(part)])
+    return torch.cat(parts).view(*x.shape[:-1], -1) if parts else x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """`(code - zero) * scale` per group along the input dimension.
 
-    codes uint8 (N, K/2): column 2j in the low nibble of byte j; scales float32 (N, G), as exact as any file's; zeros
-    uint8 (N, G), with K/G columns a group. Returns (N, K) in the dtype of `scales`.
+    codes uint8 (N, K/2): column 2j in the low nibble of byte j; scales (N, G), as the file stored them; zeros uint8
+    (N, G), or (1, 1) for all, with K/G columns a group. Returns (N, K) in float32, or float64 where the scales are.
     """
     rows, groups = scales.shape
+    wide = scales if scales.dtype == torch.float64 else scales.float()
     values = torch.stack((codes & 15, codes >> 4), dim=-1).view(rows, groups, -1)
     steps = values.to(torch.int8) - zeros.to(torch.int8).unsqueeze(-1)
-    return (steps.to(scales.dtype) * scales.unsqueeze(-1)).view(rows, -1)
+    return (steps.to(wide.dtype) * wide.unsqueeze(-1)).view(rows, -1)
+
+
+def pack_low(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes (N, K) of 2 or 3 bits -> uint8 (N, K * bits / 8), K a multiple of 8.
+
+    A row is the low two bits of all columns, four to a byte, then their third bits, eight to a byte; lowest first.
+    """
+    low = sum((codes[:, i::4] & 3) << 2 * i for i in range(4))
+    high = sum((codes[:, i::8] >> 2) << i for i in range(8))
+    assert isinstance(low, Tensor)
+    assert isinstance(high, Tensor)
+    return low if bits == 2 else torch.cat((low, high), dim=1)
+
+
+def nibbles(packed: Tensor, bits: int) -> Tensor:
+    """What `pack_low` packed, as codes of 4 bits, two to a byte: uint8 (N, K * bits / 8) -> (N, K/2)."""
+    columns = packed.shape[1] // bits * 8
+    low, high = packed[:, : columns // 4], packed[:, columns // 4 :]
+    codes = torch.stack([low >> 2 * i & 3 for i in range(4)], dim=-1).flatten(1)
+    if bits == 3:
+        codes = codes | torch.stack([high >> i & 1 for i in range(8)], dim=-1).flatten(1) << 2
+    return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -53,14 +91,18 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tens
     return F.linear(x, dequantize_int4(codes, scales, zeros).to(x.dtype))
 
 
-def quantize_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_heads(x: Tensor, dtype: torch.dtype, fixed: float | None = None) -> tuple[Tensor, Tensor]:
     """Every head of x (T, K, D) in `dtype`, one of QUANTIZED, so that its largest value is the dtype's.
 
-    Returns the codes (T, K, D) and their scales float32 (T, K).
+    With a `fixed` scale all heads have that, and larger values become the dtype's largest. Returns the codes (T, K, D)
+    and their scales float32 (T, K).
     """
-    wide = x.float()
-    scales = (wide.abs().amax(-1) / QUANTIZED[dtype]).clamp(min=SMALLEST_SCALE)
-    codes = wide / scales[..., None]
+    wide, top = x.float(), QUANTIZED[dtype]
+    if fixed is None:
+        scales = (wide.abs().amax(-1) / top).clamp(min=SMALLEST_SCALE)
+        codes = wide / scales[..., None]
+    else:
+        scales, codes = wide.new_full(x.shape[:-1], fixed), (wide / fixed).clamp(-top, top)
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scales
 
 
@@ -70,22 +112,30 @@ def store_kv(key: Tensor, value: Tensor, k: Pages, v: Pages, slots: Tensor) -> N
         if pages.scales is None:
             pages.values.index_copy_(0, slots, new)
             continue
-        codes, scales = quantize_heads(new, pages.values.dtype)
+        codes, scales = quantize_heads(new, pages.values.dtype, pages.fixed)
         _bytes(pages.values).index_copy_(0, slots, _bytes(codes))
         pages.scales.index_copy_(0, slots, scales)
 
 
-def attend_rows(query: Tensor, k: Pages, v: Pages, out: Tensor, group: Rows, scale: float, window: int | None) -> None:
+def attend_rows(query: Tensor, k: Pages, v: Pages, out: Tensor, group: Rows, rule: Rule) -> None:
     """Causal attention of one group's queries over its cached tokens, into its rows of `out` (T, H, Dv).
 
-    query (T, H, D); the caches already hold the step's own keys and values; `window` is the number of positions a token
-    sees, itself included. Gathers the pages, padded to the group's longest request.
+    query (T, H, D); the caches already hold the step's own keys and values. Gathers the pages, padded to the group's
+    longest request.
     """
-    out[group.rows] = _attend(query[group.rows], k, v, group.slots, group.visible(window), scale)
+    out[group.rows] = _attend(query[group.rows], k, v, group.slots, group.visible(rule), rule)
 
 
-def _attend(q: Tensor, k: Pages, v: Pages, slots: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T * scale) v over gathered pages.
+def attend(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    """Causal attention of T tokens without a past: (T, H, D), (T, K, D), (T, K, Dv) -> (T, H, Dv)."""
+    positions = torch.arange(query.shape[0], device=query.device)
+    visible = sees(positions[:, None], positions, rule.window, rule.chunk)
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    return _weigh(q, k, v, visible, rule)[0]
+
+
+def _attend(q: Tensor, k: Pages, v: Pages, slots: Tensor, visible: Tensor, rule: Rule) -> Tensor:
+    """Attention over gathered pages.
 
     q (B, Q, H, D), slots (B, L), visible (B, 1, Q, L) -> (B, Q, H, Dv).
     """
@@ -97,8 +147,8 @@ def _attend(q: Tensor, k: Pages, v: Pages, slots: Tensor, visible: Tensor, scale
     q = q.transpose(1, 2)
     if q.device.type == "cpu" and q.dtype != torch.float32:
         # The CPU's masked 16-bit attention is several times slower than float32, and less exact.
-        return _sdpa(q.float(), keys.float(), values.float(), visible, scale).to(q.dtype)
-    return _sdpa(q, keys, values, visible, scale)
+        return _weigh(q.float(), keys.float(), values.float(), visible, rule).to(q.dtype)
+    return _weigh(q, keys, values, visible, rule)
 
 
 def _gather(pages: Pages, slots: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,6 +167,18 @@ def _bytes(codes: Tensor) -> Tensor:
     return codes.view(torch.int8)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)
+def _weigh(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, rule: Rule) -> Tensor:
+    """q (B, H, Q, D), k (B, K, L, D), v (B, K, L, Dv), visible (..., Q, L) -> (B, Q, H, Dv)."""
+    if rule.softcap is None and rule.sinks is None:
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=rule.scale, enable_gqa=gqa)
+        return out.transpose(1, 2)
+    k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    scores = (q @ k.transpose(-1, -2)).float() * rule.scale
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if rule.sinks is not None:
+        scores = torch.cat((scores, rule.sinks.view(-1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
+    return (weights.to(v.dtype) @ v).transpose(1, 2)

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -21,26 +21,32 @@ from llmopt_cli.errors import ModelError
 from llmopt_cli.runtime import Engine
 
 
+def load_plain(engine: Engine) -> Any:
+    """The engine's checkpoint as transformers loads it, in the engine's dtype and place; ModelError if it can't."""
+    transformers_logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(engine.checkpoint.path, dtype=engine.dtype)
+    except (ImportError, OSError, ValueError) as error:
+        raise ModelError(
+            f"transformers cannot load `{engine.checkpoint.name}`, so there is nothing to compare with: {error}",
+            "leave --against out, or compare the unquantized model",
+        ) from None
+    return model.to(engine.device).eval()
+
+
 class TransformersTarget:
     """The engine's checkpoint, dtype and device under `generate`. A cancelled request ends at its next token."""
 
     name = "transformers"
     remembers = False
+    at_once: int | None = 1
 
     def __init__(self, engine: Engine) -> None:
         self.model = engine.checkpoint.name
         self.context: int | None = engine.max_model_len
         self.encode: Callable[[str], list[int]] | None = engine.tokenizer.encode
         self._eos = sorted(engine.tokenizer.eos_ids)
-        transformers_logging.disable_progress_bar()
-        try:
-            model = AutoModelForCausalLM.from_pretrained(engine.checkpoint.path, dtype=engine.dtype)
-        except (ImportError, OSError, ValueError) as error:
-            raise ModelError(
-                f"transformers cannot load `{engine.checkpoint.name}`, so there is nothing to compare with: {error}",
-                "leave --against out, or compare the unquantized model",
-            ) from None
-        self._model = model.to(engine.device).eval()
+        self._model = load_plain(engine)
         # `generate` fills what a config leaves open from the model's own: there a None could not mean "no end token".
         self._model.generation_config = GenerationConfig()
         self._one_at_a_time = asyncio.Lock()

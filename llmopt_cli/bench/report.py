@@ -17,8 +17,8 @@ from llmopt_cli.spec.result import Environment, Result, read_results
 HEAD = """# Results
 
 Every measurement is a line of JSON in this folder: what ran, on which machine, with which versions, and all figures.
-Lines are only added: `llmopt bench` and `python -m llmopt_cli.bench.startup` add them, to the folder that `--results`
-names or else to `./results`.
+Lines are only added: `llmopt bench` and `python -m llmopt_cli.bench.NAME` (startup, kv_waste, prefix_hits,
+host_overhead, batching) add them, to the folder that `--results` names or else to `./results`.
 This index is generated from them by `python -m llmopt_cli.bench.report results/`. A figure holds for its machine only.
 """
 COLUMNS = ("date", "machine", "what", "figures", "command")
@@ -29,6 +29,19 @@ FIGURES = (  # (metric, how the index shows it), in this order
     ("median_tpot_ms", "TPOT p50 {median_tpot_ms:,.1f} ms"),
     ("slo_attainment", "{slo_attainment:.0%} within the SLO"),
     ("against", "{against[ratio]:.2f} times the tok/s of {against[target]}"),
+    ("perplexity_to_llamacpp", "{perplexity_to_llamacpp:.4f} times the perplexity of llama.cpp's own quantizer"),
+    ("waste", "{waste:.1%} of the held slots are empty in pages of {block_size}"),
+    ("contiguous_waste", "{contiguous_waste:.0%} if each request had its full context of {context:,}"),
+    ("hit_rate", "{hit_rate:.1%} of the prompt tokens found"),
+    ("ideal_hit_rate", "{ideal_hit_rate:.1%} at best"),
+    ("host_us", "{host_us:.1f} us a request and step beside model, sampling and text"),
+    ("host_share", "{host_share:.1%} of a step of {step_ms:,.1f} ms"),
+    ("host_us_by_queue", "{host_us_by_queue[100000]:.1f} us before a queue of 100,000"),
+    (
+        "tokens_per_s",
+        "output tok/s: {tokens_per_s[continuous]:,.0f} continuous, {tokens_per_s[static]:,.0f} static, "
+        "{tokens_per_s[none]:,.0f} one by one",
+    ),
     ("help_s", "`--help` {help_s:.2f} s"),
     ("estimate_s", "`estimate` {estimate_s:.2f} s"),
 )

@@ -10,7 +10,7 @@ import secrets
 import signal
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from llmopt_cli.bench.load import Run, drive
 from llmopt_cli.bench.metrics import summarize
 from llmopt_cli.bench.prompts import make_asks, read_source
-from llmopt_cli.bench.targets import Target
+from llmopt_cli.bench.targets import Baseline, Target
 from llmopt_cli.errors import LlmoptError, ServerError
 from llmopt_cli.estimate.predict import expect
 from llmopt_cli.output import Report
@@ -33,7 +33,7 @@ Progress = Callable[[str], AbstractContextManager[Report]]
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What to measure, and what to write down with it. `baseline` answers the same requests, one after another.
+    """What to measure, and what to write down with it. `baseline` answers the same requests.
 
     `recipe` is None for a server, whose settings are its own, so that nothing is predicted there.
     """
@@ -44,7 +44,7 @@ class Session:
     environment: Environment
     command: str
     results: Path
-    baseline: Target | None = None
+    baseline: Baseline | None = None
 
     def run(self, progress: Progress) -> list[Result]:
         """Measure every workload in turn. Ctrl-C ends the session and marks the result in hand as partial."""
@@ -55,7 +55,7 @@ class Session:
         with suppress(NotImplementedError, RuntimeError, ValueError):  # not on Windows, not outside the main thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
         results: list[Result] = []
-        async with self.target:
+        async with self.target, self.baseline or nullcontext():
             source = read_source(self.target.encode)
             for workload in self.workloads:
                 if stop.is_set():
@@ -110,15 +110,15 @@ class Bench:
         """The figures of one target."""
         return self.figures(target, [await self.measure(target, self.workload, self.nonce)])
 
-    async def pairs(self, target: Target, baseline: Target) -> dict[str, Any]:
+    async def pairs(self, target: Target, baseline: Baseline) -> dict[str, Any]:
         """The figures of `target`, and under `against` those of `baseline` and how many times its tokens/s they are.
 
         Both answer the same requests in turns, in alternating order, so that a drift of the machine hits both.
         """
         ours: list[Run] = []
         theirs: list[Run] = []
-        one_by_one = self.workload.with_load(concurrency=1)
-        sides = [(target, self.workload, ours), (baseline, one_by_one, theirs)]
+        load = self.workload.with_load(concurrency=baseline.at_once) if baseline.at_once else self.workload
+        sides = [(target, self.workload, ours), (baseline, load, theirs)]
         for pair in range(PAIRS):
             for side, workload, runs in sides if pair % 2 == 0 else reversed(sides):
                 if not self.stop.is_set():
@@ -129,7 +129,11 @@ class Bench:
         if not ratios:
             return figures
         spread = {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
-        against = {"target": baseline.name, "pairs": len(ratios)} | spread | self.figures(baseline, theirs)
+        against = (
+            {"target": baseline.name, "load": load.arrivals.label, "pairs": len(ratios)}
+            | spread
+            | self.figures(baseline, theirs)
+        )
         return figures | {"against": against}
 
     async def measure(self, target: Target, workload: Workload, nonce: str) -> Run:

@@ -9,43 +9,26 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from llmopt_cli.bench.environment import fingerprint
+from llmopt_cli.bench.record import RESULTS, ResultsOpt, keep
 from llmopt_cli.errors import LlmoptError
-from llmopt_cli.output import Output, error_boundary, lines
-from llmopt_cli.spec.result import Result, check_writable
+from llmopt_cli.output import error_boundary
+from llmopt_cli.spec.result import check_writable
 
 COMMANDS = {"help_s": ["--help"], "estimate_s": ["estimate", "--model", "70b", "--gpu", "a100"]}
 REPEATS = 7
 
 
-def startup(
-    results: Annotated[Path, typer.Option("--results", help="Folder to which startup.jsonl the line is added.")] = Path(
-        "results"
-    ),
-) -> None:
+def startup(results: ResultsOpt = RESULTS) -> None:
     """Measure the wall time of `llmopt --help` and `llmopt estimate`."""
-    out = Output()
     check_writable(results, "startup")
     metrics: dict[str, float] = {}
     for name, arguments in COMMANDS.items():
         times = [wall_time(arguments) for _ in range(REPEATS)]
         metrics |= {name: statistics.median(times), f"{name}_max": max(times)}
-    result = Result(
-        verb="startup",
-        target="llmopt",
-        command="python -m llmopt_cli.bench.startup",
-        seed=0,
-        environment=fingerprint(),
-        metrics=metrics | {"repeats": REPEATS},
-    )
-    path = result.save(results)
-    out.result(metrics, lambda: lines([(name, f"{value:.3f}") for name, value in metrics.items()]))
-    out.note(f"added to {path}")
+    keep("startup", "llmopt", metrics | {"repeats": REPEATS}, results)
 
 
 def wall_time(arguments: list[str]) -> float:

@@ -116,7 +116,7 @@ def _against(against: Mapping[str, Any]) -> str:
     return (
         f"{against['ratio']:.2f} times the output tokens/s of {against['target']} ({against['ratio_min']:.2f} to "
         f"{against['ratio_max']:.2f} in {against['pairs']} pairs), which made {against['output_throughput']:,.1f}/s, "
-        f"one request at a time, TPOT p50 {_cell(against, 'median_tpot_ms', '.2f')} ms"
+        f"{against['load']}, TPOT p50 {_cell(against, 'median_tpot_ms', '.2f')} ms"
     )
 
 

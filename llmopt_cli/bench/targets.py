@@ -39,6 +39,12 @@ class Target(Protocol):
         ...
 
 
+class Baseline(Target, Protocol):
+    """What a target is compared with: it answers `at_once` requests, or with None as many as come."""
+
+    at_once: int | None
+
+
 class EngineTarget:
     """The engine in this process: no HTTP in the figures."""
 

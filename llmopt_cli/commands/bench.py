@@ -16,6 +16,7 @@ from llmopt_cli.options import (
     RECIPE_FLAGS,
     BatchingOpt,
     BlockSizeOpt,
+    DeterministicOpt,
     DeviceOpt,
     DtypeOpt,
     JsonOpt,
@@ -36,7 +37,7 @@ from llmopt_cli.options import (
 from llmopt_cli.output import Output
 
 if TYPE_CHECKING:
-    from llmopt_cli.bench.targets import Target
+    from llmopt_cli.bench.targets import Baseline, Target
     from llmopt_cli.spec.recipe import Recipe
     from llmopt_cli.spec.result import Environment, Result
     from llmopt_cli.spec.workload import Workload
@@ -71,10 +72,14 @@ NumRequestsOpt = Annotated[
 ]
 ResultsOpt = Annotated[Path, typer.Option("--results", help="Folder to which bench.jsonl the result is added.")]
 AgainstOpt = Annotated[
-    str | None, typer.Option("--against", help="`transformers`: also run its generate on the same requests, in turns.")
+    str | None,
+    typer.Option(
+        "--against", help="Also run transformers' `generate` or `generate_batch` on the same requests, in turns."
+    ),
 ]
 SeedOpt = Annotated[int | None, typer.Option("--seed", help="Seed of lengths, texts and times, for the workload's.")]
 
+AGAINST = ("transformers", "generate_batch")
 FAILURES_ALLOWED = 0.01
 ENGINE_ONLY = {*RECIPE_FLAGS, "recipe", "against"}
 SERVER_ONLY = {"served_model_name", "api_key"}
@@ -107,6 +112,7 @@ def bench(
     batching_mode: BatchingOpt = None,
     scheduling_policy: PolicyOpt = None,
     long_prefill_token_threshold: LongPrefillOpt = None,
+    deterministic: DeterministicOpt = None,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -129,7 +135,7 @@ def bench(
 
     environment, command = _look_around(loads, out), _command_line(api_key)
     if base_url is None:
-        target, baseline = _open_engine(deployment, trust_remote_code, with_baseline=against is not None, out=out)
+        target, baseline = _open_engine(deployment, trust_remote_code, against=against, out=out)
         session = Session(target, loads, deployment, environment, command, results, baseline)
     else:
         target = _open_server(base_url, served_model_name, api_key, model, trust_remote_code)
@@ -184,8 +190,8 @@ def _check(
     typed: Sequence[str], loads: Sequence[Workload], against: str | None, base_url: str | None, model: str | None
 ) -> None:
     """Refuse flags that would have no effect, before anything is loaded."""
-    if against not in (None, "transformers"):
-        raise UnknownNameError("baseline", against, ["transformers"])
+    if against not in (None, *AGAINST):
+        raise UnknownNameError("baseline", against, AGAINST)
     if against and loads[0].arrivals.rate:
         raise UsageError("--against compares engines under full load", "leave --rate out")
     if "burstiness" in typed and loads[0].arrivals.rate is None:
@@ -217,17 +223,20 @@ def _look_around(loads: Sequence[Workload], out: Output) -> Environment:
     return environment
 
 
-def _open_engine(deployment: Recipe, trust: bool, *, with_baseline: bool, out: Output) -> tuple[Target, Target | None]:
+def _open_engine(
+    deployment: Recipe, trust: bool, *, against: str | None, out: Output
+) -> tuple[Target, Baseline | None]:
     from llmopt_cli.bench.targets import EngineTarget
     from llmopt_cli.runtime import Engine
 
     with out.progress(f"loading {deployment.model}") as report:
         engine = Engine.from_recipe(deployment, trust, report)
-    if not with_baseline:
+    if against is None:
         return EngineTarget(engine), None
     from llmopt_cli.bench.baseline import TransformersTarget
+    from llmopt_cli.bench.batch_baseline import GenerateBatchTarget
 
-    return EngineTarget(engine), TransformersTarget(engine)
+    return EngineTarget(engine), (TransformersTarget if against == "transformers" else GenerateBatchTarget)(engine)
 
 
 def _open_server(url: str, served_model: str | None, api_key: str | None, model: str | None, trust: bool) -> Target:

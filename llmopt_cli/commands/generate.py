@@ -33,6 +33,7 @@ def generate(
     kv_cache_memory_bytes: options.KvMemoryOpt = None,
     enable_prefix_caching: options.PrefixCachingOpt = None,
     kv_cache_dtype: options.KvDtypeOpt = None,
+    deterministic: options.DeterministicOpt = None,
     trust_remote_code: options.TrustOpt = False,
     as_json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
@@ -59,7 +60,7 @@ def generate(
 
     flags = {"dtype": dtype, "device": device, "kv_cache_dtype": kv_cache_dtype}
     batching = {"max_model_len": max_model_len, "kv_cache_memory_bytes": kv_cache_memory_bytes}
-    batching["enable_prefix_caching"] = enable_prefix_caching
+    batching |= {"enable_prefix_caching": enable_prefix_caching, "deterministic": deterministic}
     recipe = Recipe.resolve(None, model=model, **flags, **batching)
     with out.progress(f"loading {model}") as report:
         engine = Engine.from_recipe(recipe, trust_remote_code, report)

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from llmopt_cli.quant.dryrun import Plan
-    from llmopt_cli.quant.quantize import Job, Outcome
+    from llmopt_cli.quant.job import Job
+    from llmopt_cli.quant.quantize import Outcome
 
 MethodOpt = Annotated[
-    str | None, typer.Option("--method", help="`awq`, `gptq`, `awq+gptq`, `rtn` and others. [default: awq]")
+    str | None, typer.Option("--method", help="`awq`, `gptq`, `rtn`, `q4_k_m` and others. [default: awq]")
 ]
 FormatOpt = Annotated[
     str | None, typer.Option("--format", help="Layout of the files. [default: the method's; a wrong name lists all]")
@@ -48,11 +49,27 @@ EvaluationOpt = Annotated[
     str | None, typer.Option("--evaluation", help="Text to judge by. Both default to bundled, disjoint text.")
 ]
 CorrectOpt = Annotated[
-    str | None, typer.Option("--correct", help="`qep`: let weights make good the errors of the layers before them.")
+    str | None,
+    typer.Option("--correct", help="`qep`: weights make good the errors upstream; `none`. [default: `qep` with GPTQ]"),
 ]
 StrictOpt = Annotated[bool, typer.Option("--strict", help="Fail if any linear has to fall back to another method.")]
 MaxKldOpt = Annotated[
     float | None, typer.Option("--max-kld", min=0, help="Fail, and leave no file, if the mean KL divergence is larger.")
+]
+PreOpt = Annotated[
+    str | None,
+    typer.Option("--pre", help="GGUF: llama.cpp's name for how the tokenizer splits words, if it can't be told."),
+]
+RotateOpt = Annotated[
+    bool, typer.Option("--rotate", help="Spread outliers by rotations that are folded into the weights.")
+]
+HeadOpt = Annotated[bool, typer.Option("--quantize-head", help="Quantize the output head, too.")]
+TargetOpt = Annotated[
+    float | None,
+    typer.Option("--target-bpw", min=1, help="Bits a weight on average, shared out by what each linear would lose."),
+]
+KvScalesOpt = Annotated[
+    bool, typer.Option("--kv-scales", help="Store a scale for keys and one for values of every layer, for fp8 caches.")
 ]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Say what it will take and make, and write nothing.")]
 
@@ -74,6 +91,11 @@ def quantize(
     correct: CorrectOpt = None,
     strict: StrictOpt = False,
     max_kld: MaxKldOpt = None,
+    pre: PreOpt = None,
+    rotate: RotateOpt = False,
+    quantize_head: HeadOpt = False,
+    target_bpw: TargetOpt = None,
+    kv_scales: KvScalesOpt = False,
     dry_run: DryRunOpt = False,
     recipe: RecipeOpt = None,
     device: DeviceOpt = None,
@@ -86,7 +108,8 @@ def quantize(
     """
     from llmopt_cli.quant.calibrate import CALIBRATION, EVALUATION
     from llmopt_cli.quant.dryrun import plan
-    from llmopt_cli.quant.quantize import EVALUATION_WINDOWS, Job
+    from llmopt_cli.quant.job import Job
+    from llmopt_cli.quant.quantize import EVALUATION_WINDOWS
     from llmopt_cli.quant.quantize import quantize as run
     from llmopt_cli.spec.recipe import Recipe
 
@@ -109,6 +132,11 @@ def quantize(
         correct=correct,
         strict=strict,
         max_kld=max_kld,
+        pre=pre,
+        rotate=rotate,
+        quantize_head=quantize_head,
+        target_bpw=target_bpw,
+        kv_scales=kv_scales,
     )
     out = Output(as_json=as_json, quiet=quiet)
     if dry_run:
@@ -122,7 +150,7 @@ def quantize(
 
 
 def _render(outcome: Outcome, job: Job) -> list[RenderableType]:
-    from llmopt_cli.quant.card import quality_rows
+    from llmopt_cli.quant.card import ends_of, extras, quality_rows
 
     quality, scheme, text = outcome.quality, outcome.scheme, outcome.calibration
     saved = 1 - outcome.bytes_after / outcome.bytes_before
@@ -131,7 +159,8 @@ def _render(outcome: Outcome, job: Job) -> list[RenderableType]:
         ("calibrated", f"{text.windows * text.window:,} tokens of {text.file}, sha256 {text.sha256[:16]}"),
         ("overlap", f"{outcome.overlap:.2%} of the evaluation's 13-grams are in the calibration text"),
         ("weights", f"{outcome.bytes_before / 1e6:,.2f} MB -> {outcome.bytes_after / 1e6:,.2f} MB ({saved:.1%} less)"),
-        ("precision", f"{scheme.bits_per_weight:.3f} bits a quantized weight; embeddings and head as they were"),
+        ("precision", f"{scheme.bits_per_weight:.3f} bits a weight of the blocks' linears; {ends_of(outcome)}"),
+        *extras(outcome),
         ("perplexity", f"{quality.perplexity_base:.3f} -> {quality.perplexity:.3f}"),
         ("written", f"{job.folder}, read back and compared"),
         ("next", f"llmopt serve {job.folder}"),
@@ -152,13 +181,13 @@ def _by_role(outcome: Outcome) -> list[tuple[str, ...]]:
     """One row for each name that linears have in their blocks: the one with the largest error."""
     roles = dict.fromkeys(module.name.rpartition(".")[2] for module in outcome.modules)
     worst = [
-        max((module for module in outcome.modules if module.name.endswith(f".{role}")), key=lambda one: one.error or 0)
+        max((one for one in outcome.modules if one.name.rpartition(".")[2] == role), key=lambda one: one.error or 0)
         for role in roles
     ]
     return [
         (
             one.name,
-            one.method,
+            f"{one.method}: {one.scheme}" if outcome.ends else one.method,
             f"{one.damping:g}",
             f"{one.tokens:,}",
             "none seen" if one.error is None else f"{one.error:.2%}",

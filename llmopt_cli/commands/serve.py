@@ -9,6 +9,7 @@ import typer
 from llmopt_cli.options import (
     BatchingOpt,
     BlockSizeOpt,
+    DeterministicOpt,
     DeviceOpt,
     DtypeOpt,
     JsonOpt,
@@ -66,6 +67,7 @@ def serve(
     batching_mode: BatchingOpt = None,
     scheduling_policy: PolicyOpt = None,
     long_prefill_token_threshold: LongPrefillOpt = None,
+    deterministic: DeterministicOpt = None,
     schedule_log: ScheduleLogOpt = None,
     max_num_queued_reqs: QueueOpt = 512,
     shutdown_timeout: DrainOpt = 30.0,
@@ -99,11 +101,18 @@ def _announce(out: Output, report: dict[str, Any]) -> None:
         return
     rows = [
         ("model", f"{report['model']} ({report['dtype']} on {report['device']})"),
-        ("weights", f"{report['weights_bytes'] / 2**20:,.1f} MiB"),
-        ("KV cache", f"{report['kv_cache_bytes'] / 2**20:,.1f} MiB: {report['kv_cache_tokens']:,} tokens"),
-        ("blocks", f"{report['block_size']} tokens each"),
+        ("memory", f"{_mib(report, 'memory')}, {_mib(report, 'free')} of it free beside the weights"),
+        ("weights", _mib(report, "weights")),
+        ("a step", f"{_mib(report, 'activations')} at its peak"),
+        ("KV cache", f"{_mib(report, 'kv_cache')}: {report['kv_cache_tokens']:,} tokens in {report['kv_cache_dtype']}"),
+        ("blocks", f"{report['num_blocks']:,} of {report['block_size']} tokens"),
+        ("reserve", _mib(report, "reserve")),
         ("context", f"{report['max_model_len']:,} tokens"),
         ("batch", f"{report['max_num_seqs']:,} requests, {report['max_num_batched_tokens']:,} tokens a step"),
     ]
     out.note(lines(rows))
     out.note(f"\nserving on {report['url']} (Ctrl-C to stop)")
+
+
+def _mib(report: dict[str, Any], part: str) -> str:
+    return f"{report[f'{part}_bytes'] / 2**20:,.1f} MiB"

@@ -9,10 +9,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from llmopt_cli.estimate.constants import VLLM, Constants
+from llmopt_cli.estimate.constants import VLLM, Constants, find_engine
 from llmopt_cli.estimate.deployment import Deployment
 from llmopt_cli.estimate.pool import Pool, find_pool, static_fraction
 from llmopt_cli.spec.model import Matrix, ModelSpec
+from llmopt_cli.spec.recipe import Batching
 from llmopt_cli.spec.scheme import COVERED, Scheme, find_scheme
 
 Layout = Literal["engine", "llmopt"]
@@ -41,9 +42,14 @@ def kv_bytes_per_token(spec: ModelSpec, bytes_per_value: float, layout: Layout =
     return layers * kv_values_per_layer(spec, layout, tp) * bytes_per_value
 
 
-def kv_block_bytes(spec: ModelSpec, block_size: int, bytes_per_value: float) -> int:
-    """Bytes of one KV block of `block_size` tokens in our runtime, all layers together."""
-    return math.ceil(block_size * kv_bytes_per_token(spec, bytes_per_value, layout="llmopt"))
+def kv_block_bytes(spec: ModelSpec, block_size: int, bytes_per_value: float, scale_bytes: int = 0) -> int:
+    """Bytes of one KV block of `block_size` tokens in our runtime, all layers together.
+
+    `scale_bytes` is what every token's key head and value head adds in a quantized cache.
+    """
+    heads = spec.num_heads if spec.latent else spec.num_kv_heads  # a latent is kept expanded here
+    scales = spec.num_layers * 2 * heads * scale_bytes
+    return math.ceil(block_size * (kv_bytes_per_token(spec, bytes_per_value, layout="llmopt") + scales))
 
 
 def kv_sequence_bytes(
@@ -159,6 +165,24 @@ class Budget:
         left = self.usable - self.weights - (0 if self.apart else self.activations) - self.non_torch
         mine = left * self.share if left > 0 else left
         return mine if self.kv_limit is None else min(mine, self.kv_limit)
+
+
+def own_budget(spec: ModelSpec, batching: Batching, free: int, weights: int, bytes_per_value: int) -> Budget:
+    """Memory of our runtime on a device that has `free` bytes left beside the `weights` it holds.
+
+    A step computes with values of `bytes_per_value`; it peaks beside the cache, in what that leaves.
+    """
+    ours = find_engine("llmopt")
+    step = activation_bytes(spec, batching.max_num_seqs, batching.max_num_batched_tokens, constants=ours)
+    return Budget(
+        usable=free + weights,
+        weights=weights,
+        activations=step * bytes_per_value / KV_BYTES,
+        non_torch=0.0,
+        kv_limit=batching.kv_cache_memory_bytes,
+        apart=True,
+        share=find_pool(ours).share,
+    )
 
 
 def budget(on: Deployment) -> Budget:

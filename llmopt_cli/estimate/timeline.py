@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
@@ -78,7 +78,8 @@ def new_state(limits: Batching, num_blocks: int, *, share: bool) -> SchedulerSta
 class Timeline:
     """`coming` calls are sent, in the order of their times; each of `backlog` is sent when another call ends.
 
-    What is sent reaches the scheduler `delay` seconds later. `busy` seconds were spent in `steps`.
+    What is sent reaches the scheduler `delay` seconds later. `busy` seconds were spent in `steps`. `watch` is shown
+    the state during every single step, and the step's seconds.
     """
 
     pace: Pace
@@ -87,6 +88,7 @@ class Timeline:
     backlog: deque[Call] = field(default_factory=deque)
     delay: float = 0.0
     jumps: bool = True
+    watch: Callable[[SchedulerState, float], None] | None = None
     now: float = 0.0
     busy: float = 0.0
     steps: int = 0
@@ -123,7 +125,10 @@ class Timeline:
                 decodes, contexts = decodes + 1, contexts + chunk.start + 1
             else:
                 prompts.append((chunk.length, chunk.start))
-        self._pass_time(self.pace.mixed(decodes, contexts / max(1, decodes), prompts), 1)
+        seconds = self.pace.mixed(decodes, contexts / max(1, decodes), prompts)
+        self._pass_time(seconds, 1)
+        if self.watch:
+            self.watch(self.state, seconds)
         self.preemptions += len(plan.preempted)
         sampled = [call for call in self._running if not call.num_wanted]
         self._decoding = len(sampled) == len(self._running)

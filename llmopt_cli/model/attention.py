@@ -1,27 +1,27 @@
 """The bridge between transformers' attention interface and the paged cache.
 
 Every attention module carries a `PagedLayer`: its own KV tensors and the `AttentionContext` it shares with the other
-layers of its model. Nothing is looked up by `layer_idx`, which would cost torch.compile one graph a layer. Semantics
-that the paged op does not have (sinks, soft-caps, masks) are refused, never ignored.
+layers of its model. Nothing is looked up by `layer_idx`, which would cost torch.compile one graph a layer. What the
+paged op does not know (masks of other kinds, position biases) is refused, never ignored.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from llmopt_cli.errors import ModelError
-from llmopt_kernels import PagedBatch, Pages, paged_attention, store_kv
+from llmopt_kernels import PagedBatch, Pages, Rule, paged_attention, sees, store_kv
+from llmopt_kernels import attend as attend_alone
 
 NAME = "llmopt_paged"
-UNSUPPORTED = {
-    "s_aux": "attention sinks",
-    "softcap": "soft-capped attention logits",
-    "position_bias": "a position bias",
-}
+PROBE = "llmopt_probe"  # the same for one call, in which the masks say what each layer sees
+UNSUPPORTED = {"position_bias": "a position bias"}
 
 
 @dataclass
@@ -35,13 +35,15 @@ class AttentionContext:
 class PagedLayer:
     """One attention module's place in the paged cache. `k` and `v` are hung here by the cache.
 
-    `seen` is what its first call showed: KV heads, head sizes of keys and values, scaling and window.
+    `seen` is what a call outside of steps showed, `calls` how many there were; `reach` is what its masks showed.
     """
 
     context: AttentionContext
     k: Pages | None = None
     v: Pages | None = None
     seen: LayerFacts | None = field(default=None)
+    calls: int = 0
+    reach: Reach | None = None
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,35 @@ class LayerFacts:
     head_dim: int
     value_dim: int
     scaling: float
-    window: int | None
+    window: int | None = None
+    softcap: float | None = None
 
 
-def attend(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+@dataclass(frozen=True)
+class Reach:
+    """How far back a layer's tokens see; see `llmopt_kernels.Rule`."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+
+def attend(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
     """Store this step's keys and values, then attend over the cache. (T, H, D), (T, K, D), (T, K, Dv) -> (T, H, Dv).
 
-    Outside of a step the T tokens are one sequence without a past.
+    Outside of a step the T tokens are one sequence without a past. A `reach` known from masks wins over the rule's.
     """
+    if layer.reach is not None:
+        rule = replace(rule, window=layer.reach.window, chunk=layer.reach.chunk)
     batch = layer.context.batch
     if batch is None:
-        layer.seen = LayerFacts(key.shape[1], key.shape[2], value.shape[2], scaling, window)
-        return _without_cache(query, key, value, scaling)
+        shape = (key.shape[1], key.shape[2], value.shape[2])
+        layer.seen = LayerFacts(*shape, rule.scale, rule.window, rule.softcap)
+        layer.calls += 1
+        return attend_alone(query, key, value, rule)
     assert layer.k is not None, "the cache is hung on the layers before the first step"
     assert layer.v is not None
     store_kv(key, value, layer.k, layer.v, batch.new_slots)
-    return paged_attention(query, layer.k, layer.v, batch, scaling, window)
+    return paged_attention(query, layer.k, layer.v, batch, rule)
 
 
 def interface(
@@ -78,34 +93,86 @@ def interface(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: (1, H, T, D) in, (1, T, H, Dv) out; rotary is applied, KV is not repeated."""
-    refuse(module, attention_mask, kwargs)
     layer = getattr(module, "paged", None)
     if not isinstance(layer, PagedLayer):
         raise ModelError(f"`{type(module).__name__}` is not an attention layer of a decoder")
+    refuse(module, kwargs)
+    note_mask(layer, attention_mask)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    sinks = None if s_aux is None else s_aux.float()
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    return attend(layer, q, k, v, scale, sliding_window).unsqueeze(0), None
+    return attend(layer, q, k, v, Rule(scale, sliding_window, None, softcap, sinks)).unsqueeze(0), None
 
 
-def refuse(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+def refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raise ModelError if the call asks for something that the paged op would silently leave out."""
     wanted = [what for name, what in UNSUPPORTED.items() if kwargs.get(name) is not None]
     if not getattr(module, "is_causal", True):
         wanted.append("attention in both directions")
-    if attention_mask is not None:
-        wanted.append("an attention mask of its own")
     if wanted:
         raise ModelError(f"`{type(module).__name__}` uses {wanted[0]}, which the runtime does not support")
 
 
+def note_mask(layer: PagedLayer, mask: Tensor | None) -> None:
+    """Keep what a mask of the probing call says; raise ModelError for any other mask than those of `describe`."""
+    if mask is None:
+        return
+    reach = getattr(mask, "reach", None)
+    if reach is None:
+        raise ModelError("a layer uses an attention mask of its own, which the runtime does not support")
+    layer.reach = reach
+
+
+def describe(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    local_size: int | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor:
+    """transformers' mask signature: a causal mask that carries the `Reach` that `mask_function` is found to have."""
+    mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device).tril()
+    mask.reach = _reach(mask_function, local_size, device)  # type: ignore[attr-defined]
+    return mask
+
+
+def _reach(mask_function: Callable[..., Tensor], size: int | None, device: torch.device | str) -> Reach | None:
+    """The reach that equals a mask function wherever windows or chunks of `size` begin and end; None if none does."""
+    step = size or 8
+    places = [step * times + offset for times in (0, 1, 2, 3, 7) for offset in (-1, 0, 1, step // 2)]
+    at = torch.tensor(sorted({place for place in places if place >= 0}), device=device)
+    queries, keys = at[:, None], at[None, :]
+    found = mask_function(0, 0, queries, keys)
+    known = [Reach(), Reach(window=size), Reach(chunk=size)]
+    return next((r for r in known if torch.equal(found, sees(queries, keys, r.window, r.chunk))), None)
+
+
 def register() -> None:
-    """Make `NAME` known to transformers; for a name without a mask function it builds no masks."""
-    from transformers import AttentionInterface
+    """Make `NAME` and `PROBE` known to transformers; for a name without a mask function it builds no masks."""
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, interface)
+    AttentionInterface.register(PROBE, interface)
+    AttentionMaskInterface.register(PROBE, describe)
+
+
+@contextmanager
+def probing(model: Any) -> Iterator[None]:
+    """Within it the model builds masks, and its layers keep what they say."""
+    for layer in all_layers(model):
+        layer.seen, layer.reach, layer.calls = None, None, 0
+    model.set_attn_implementation(PROBE)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)
 
 
 def attach(model: nn.Module) -> AttentionContext:
@@ -117,13 +184,12 @@ def attach(model: nn.Module) -> AttentionContext:
     return context
 
 
+def all_layers(model: nn.Module) -> list[PagedLayer]:
+    """What `attach` hung up, in order."""
+    found = [module.paged for module in model.modules() if hasattr(module, "paged")]
+    return [layer for layer in found if isinstance(layer, PagedLayer)]
+
+
 def paged_layers(model: nn.Module) -> list[PagedLayer]:
     """The layers that dispatched in the probing call, in order."""
-    found = [module.paged for module in model.modules() if hasattr(module, "paged")]
-    return [layer for layer in found if isinstance(layer, PagedLayer) and layer.seen is not None]
-
-
-def _without_cache(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
+    return [layer for layer in all_layers(model) if layer.seen is not None]

@@ -20,9 +20,9 @@ from llmopt_cli.spec.scheme import Scheme
 class IntCodes:
     """A weight [out, in] as `bits`-bit integers, in G groups of inputs with a scale and a zero each.
 
-    `codes` uint8 [out, in], `scales` float [out, G] (negative ones are allowed), `zeros` uint8 [out, G]: the weight is
-    (code - zero) * scale. The groups are of neighbouring inputs, all of one size, unless `groups` int32 [in] says of
-    every input which group it is in (GPTQ files quantized in the order of activations).
+    `codes` uint8 [out, in], `scales` float [out, G] (negative ones are allowed), `zeros` uint8 [out, G], or [1, 1] for
+    all: the weight is (code - zero) * scale. The groups are of neighbouring inputs, all of one size, unless `groups`
+    int32 [in] says of every input which group it is in (GPTQ files quantized in the order of activations).
     """
 
     codes: Tensor
@@ -44,7 +44,7 @@ class IntCodes:
     def dequantize(self) -> Tensor:
         """The weight it means, float32 [out, in]."""
         if self.groups is not None:
-            steps = self.codes.float() - self.zeros[:, self.groups].float()
+            steps = self.codes.float() - self.zeros.expand(self.scales.shape)[:, self.groups].float()
             return steps * self.scales[:, self.groups].float()
         rows, groups = self.scales.shape
         grouped = self.codes.view(rows, groups, -1).float() - self.zeros[..., None].float()
@@ -53,7 +53,8 @@ class IntCodes:
     def rows(self, start: int, stop: int) -> Self:
         """The same for some of the rows."""
         part = slice(start, stop)
-        return replace(self, codes=self.codes[part], scales=self.scales[part], zeros=self.zeros[part])
+        zeros = self.zeros if len(self.zeros) == 1 else self.zeros[part]
+        return replace(self, codes=self.codes[part], scales=self.scales[part], zeros=zeros)
 
     def with_scales(self, scales: Tensor) -> Self:
         """The same codes under other scales [out, G]."""
@@ -95,19 +96,20 @@ class Nested:
     """n positive numbers as 8-bit indices into a table, in blocks of `blocksize` with an absolute maximum each.
 
     The double quantization of arXiv 2305.14314: `codes` uint8 [n], `absmax` float32 [ceil(n / blocksize)], `table`
-    float32 [256]; a number is table[code] * absmax + offset.
+    float32 [256]; a number is table[code] * absmax + offset, which may be a tensor [1].
     """
 
     codes: Tensor
     absmax: Tensor
     table: Tensor
-    offset: float
+    offset: float | Tensor
     blocksize: int = 256
 
-    def values(self) -> Tensor:
-        """The numbers, float32 [n]."""
-        scale = self.absmax.repeat_interleave(self.blocksize)[: self.codes.numel()]
-        return _looked_up(self.table, self.codes) * scale + self.offset
+    def values(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The numbers from `start` to before `stop`, float32."""
+        codes = self.codes[start:stop]
+        blocks = torch.arange(start, start + len(codes), device=codes.device) // self.blocksize
+        return _looked_up(self.table, codes) * self.absmax[blocks] + self.offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +134,11 @@ class TableCodes:
 
     def rows(self, start: int, stop: int) -> Self:
         """The same for some of the rows; `start` is where a block begins."""
-        absmax = self.absmax.values() if isinstance(self.absmax, Nested) else self.absmax
         width = 2 * self.codes.shape[1]
-        part = slice(start * width // self.blocksize, -(-stop * width // self.blocksize))
-        return replace(self, codes=self.codes[start:stop], absmax=absmax[part])
+        first, end = start * width // self.blocksize, -(-stop * width // self.blocksize)
+        absmax = self.absmax
+        part = absmax.values(first, end) if isinstance(absmax, Nested) else absmax[first:end]
+        return replace(self, codes=self.codes[start:stop], absmax=part)
 
 
 @dataclass(frozen=True, eq=False)

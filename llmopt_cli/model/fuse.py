@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmopt_cli.model.attention import AttentionContext, LayerFacts, PagedLayer, attend
+from llmopt_cli.model.attention import AttentionContext, LayerFacts, PagedLayer, attend, note_mask
 from llmopt_cli.model.linear import CodedLinear, JoinedLinear, MergedLinear, PackedLinear, merge
-from llmopt_kernels import rms_norm, rotary, silu_mul
+from llmopt_kernels import Rule, rms_norm, rotary, silu_mul
 
 TOKENS = 5  # of the random input that a fused block is verified on
 SCALES = (1.0, 1000.0)  # of that input: what clamps large values agrees on small ones
@@ -33,15 +33,21 @@ class FusedAttention(nn.Module):
         self.paged = PagedLayer(AttentionContext())
         self.layer_idx = original.layer_idx
         self.facts = facts
+        self.rule = Rule(facts.scaling, facts.window, None, facts.softcap)
         self.qkv = qkv
         self.q_norm = getattr(original, "q_norm", None)
         self.k_norm = getattr(original, "k_norm", None)
         self.o_proj = original.get_submodule("o_proj")
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states (1, T, N); cos and sin (1, T, D). Returns ((1, T, N), None) as the block it replaces."""
+        note_mask(self.paged, attention_mask)
         facts = self.facts
         tokens = hidden_states.shape[1]
         heads = self.qkv(hidden_states.squeeze(0)).view(tokens, -1, facts.head_dim)
@@ -54,7 +60,7 @@ class FusedAttention(nn.Module):
         # Some models keep their angles in float32 whatever they compute in.
         turned = rotary(turning, cos.squeeze(0).to(heads.dtype), sin.squeeze(0).to(heads.dtype))
         query, key, value = turned[:, :query_heads], turned[:, query_heads:], heads[:, -facts.kv_heads :]
-        out = attend(self.paged, query, key, value, facts.scaling, facts.window)
+        out = attend(self.paged, query, key, value, self.rule)
         return self.o_proj(out.reshape(1, tokens, -1)), None
 
 
@@ -189,6 +195,8 @@ def _randomize(parameter: Tensor, holds_floats: bool) -> None:
     """Random numbers of a size that keeps a block's outputs finite; bytes that hold floats stay small."""
     if parameter.is_floating_point():
         parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    elif parameter.dtype == torch.uint8 and parameter.numel() == 1:
+        parameter.fill_(8)  # the zero of all weights: one number, whoever shares it
     elif parameter.dtype == torch.uint8:
         parameter.random_(0, 16 if holds_floats or parameter.shape[-1] == 1 else 256)
     else:  # indices: any that exist

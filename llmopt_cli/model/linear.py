@@ -7,8 +7,8 @@ into place and nothing is copied to fuse. Knows no file format: what they unpack
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
-from typing import Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from llmopt_cli.model.codes import Codes, FloatCodes, GgmlCodes, IntCodes, Nested, TableCodes
 from llmopt_cli.model.inputs import round_inputs
-from llmopt_cli.spec.gguf import BLOCK_TYPES
+from llmopt_cli.spec.gguf import BLOCK_TYPES, block_of
 from llmopt_cli.spec.scheme import Scheme
-from llmopt_kernels import int4_linear
+from llmopt_kernels import int4_linear, nibbles, pack_low
 
-NIBBLE = 4  # bits: codes of up to so many are packed two a byte
+NIBBLE = 4  # bits: codes of so many are packed two a byte, of fewer as `pack_low` does
+OCTET = 8  # columns whose codes of fewer bits are whole bytes
+TILE = 2**20  # weights whose codes are brought to 4 bits at a time
 EXPANDED = 2**18  # weights that CodedLinear expands at a time
 ALIGNED = 128  # rows: a multiple of them begins a block in every format
 
@@ -47,12 +49,28 @@ class MergedLinear(nn.Module):
         return member_slots(self.members, {"weight": self.weight, "bias": self.bias})
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How a file stores a quantized linear, as far as it decides what memory holds.
+
+    The dtype of its `scales`, and whether one is `single` for the whole weight; whether `zeros` are stored, or all are
+    the middle code; whether groups are `ordered` by a permutation; `nested` absolute maxima of scales (0: none).
+    """
+
+    scales: torch.dtype = torch.float32
+    single: bool = False
+    zeros: bool = True
+    ordered: bool = False
+    nested: int = 0
+
+
 class PackedLinear(nn.Module):
     """Integer weights of 2 to 4 bits that stay packed in memory, unpacked where they are used.
 
-    `codes` uint8 (out, in/2), two codes a byte, even column low; `scales` float32 and `zeros` uint8 (out, G). A weight
-    is `(code - zero) * scale`; `dtype` is that of input and output. With `order` int32 (in), column j belongs to input
-    order[j]: so groups are of neighbours again where a file scatters them.
+    `codes` uint8 (out, in/2), two codes a byte, even column low, or with fewer `bits` (out, in*bits/8) as `pack_low`
+    packs them; `scales` (out, G) in the dtype of the file, which holds them exactly; `zeros` uint8 (out, G), or (1, 1)
+    for all. A weight is `(code - zero) * scale`; `dtype` is that of input and output. With `order` int32 (in), column j
+    belongs to input order[j]: so groups are of neighbours again where a file scatters them.
     """
 
     def __init__(
@@ -62,48 +80,74 @@ class PackedLinear(nn.Module):
         group_size: int,
         bias: bool,
         dtype: torch.dtype,
-        ordered: bool = False,
+        stored: Stored,
+        bits: int,
     ) -> None:
         super().__init__()
         rows, groups = sum(members.values()), in_features // group_size
         self.members, self.in_features, self.group_size, self.dtype = dict(members), in_features, group_size, dtype
-        self.codes = nn.Parameter(torch.empty(rows, in_features // 2, dtype=torch.uint8), requires_grad=False)
-        # float32 holds every file's scales exactly, whatever the model computes in.
-        self.scales = nn.Parameter(torch.empty(rows, groups, dtype=torch.float32), requires_grad=False)
-        self.zeros = nn.Parameter(torch.empty(rows, groups, dtype=torch.uint8), requires_grad=False)
-        self.order = nn.Parameter(torch.empty(in_features, dtype=torch.int32), requires_grad=False) if ordered else None
+        self.stored, self.bits = stored, bits
+        zeros = (rows, groups) if stored.zeros else (1, 1)
+        self.codes = nn.Parameter(torch.empty(rows, in_features * bits // 8, dtype=torch.uint8), requires_grad=False)
+        self.scales = nn.Parameter(torch.empty(rows, groups, dtype=stored.scales), requires_grad=False)
+        self.zeros = nn.Parameter(torch.empty(zeros, dtype=torch.uint8), requires_grad=False)
+        order = torch.empty(in_features, dtype=torch.int32) if stored.ordered else None
+        self.order = nn.Parameter(order, requires_grad=False) if order is not None else None
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
-    def like(cls, name: str, linear: nn.Linear, group_size: int, ordered: bool = False) -> Self:
+    def like(
+        cls, name: str, linear: nn.Linear, group_size: int, stored: Stored | None = None, bits: int = NIBBLE
+    ) -> Self:
         """An empty packed twin of `linear`; `group_size` 0 is one group a row."""
-        size = group_size or linear.in_features
+        size, columns = group_size or linear.in_features, linear.in_features
         members = {name: linear.out_features}
-        return cls(members, linear.in_features, size, linear.bias is not None, linear.weight.dtype, ordered)
+        has_bias, dtype = linear.bias is not None, linear.weight.dtype
+        return cls(members, columns, size, has_bias, dtype, stored or Stored(), held_bits(bits, columns))
 
     @classmethod
     def merged(cls, members: Sequence[PackedLinear]) -> PackedLinear | None:
         """One packed linear with the rows of all, or None if their storage does not agree."""
         first = members[0]
-        kinds = {(member.group_size, member.bias is None) for member in members}
-        if len(kinds) > 1 or any(member.order is not None for member in members):
+        kinds = {(member.group_size, member.bias is None, member.bits, member.stored) for member in members}
+        if len(kinds) > 1 or first.stored.ordered:
             return None
         names = {name: rows for member in members for name, rows in member.members.items()}
-        return cls(names, first.in_features, first.group_size, first.bias is not None, first.dtype)
+        stored = replace(first.stored, scales=first.scales.dtype)  # float32 while a fused block is verified
+        bias = first.bias is not None
+        return cls(names, first.in_features, first.group_size, bias, first.dtype, stored, first.bits)
 
     def slots(self) -> Iterator[tuple[str, Tensor]]:
         """(`member.codes`, its rows) for every member and tensor."""
         if self.order is not None:  # belongs to no row
             yield f"{next(iter(self.members))}.order", self.order.data
         tensors = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "bias": self.bias}
+        if not self.stored.zeros:  # the one zero is every member's
+            yield from ((f"{name}.zeros", self.zeros.data) for name in self.members)
+            del tensors["zeros"]
         yield from member_slots(self.members, tensors)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         if self.order is not None:
             x = x.index_select(-1, self.order)
-        out = int4_linear(x, self.codes, self.scales, self.zeros)
+        out = int4_linear(x, self.codes, self.scales, self.zeros) if self.bits == NIBBLE else self._in_tiles(x)
         return out if self.bias is None else out + self.bias
+
+    def _in_tiles(self, x: Tensor) -> Tensor:
+        """Codes of fewer bits, some rows at a time as codes of 4."""
+        step = max(TILE // self.in_features, 1)
+        tiles = (slice(start, start + step) for start in range(0, len(self.codes), step))
+        parts = [
+            int4_linear(
+                x,
+                nibbles(self.codes[tile], self.bits),
+                self.scales[tile],
+                self.zeros[tile if self.stored.zeros else ...],
+            )
+            for tile in tiles
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 class CodedLinear(nn.Module):
@@ -139,7 +183,7 @@ class CodedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        codes = replace(self._form, **{field: getattr(self, field) for field in self._fields})
+        codes = _rebuilt(self._form, {field: getattr(self, field) for field in self._fields})
         [rows] = self.members.values()
         step = max(EXPANDED // self.in_features // ALIGNED, 1) * ALIGNED
         inputs = (
@@ -164,61 +208,85 @@ class JoinedLinear(nn.Module):
 
 
 def quantized_twin(
-    name: str, linear: nn.Linear, kind: type[Codes], scheme: Scheme, ordered: bool
+    name: str, linear: nn.Linear, kind: type[Codes], scheme: Scheme, stored: Stored
 ) -> PackedLinear | CodedLinear:
-    """An empty linear in place of `linear`, for weights of this kind and scheme; `ordered`: groups are scattered."""
+    """An empty linear in place of `linear`, for weights of this kind and scheme, stored so."""
     if kind is IntCodes and scheme.weight_bits <= NIBBLE:
-        return PackedLinear.like(name, linear, scheme.group_size, ordered)
-    return CodedLinear(name, _empty(kind, linear.out_features, linear.in_features, scheme, ordered), scheme, linear)
+        return PackedLinear.like(name, linear, scheme.group_size, stored, scheme.weight_bits)
+    return CodedLinear(name, _empty(kind, linear.out_features, linear.in_features, scheme, stored), scheme, linear)
 
 
-def _empty(kind: type[Codes], rows: int, columns: int, scheme: Scheme, ordered: bool) -> Codes:
+def _empty(kind: type[Codes], rows: int, columns: int, scheme: Scheme, stored: Stored) -> Codes:
     """Codes of the shapes that `resident` gives them."""
     size = scheme.group_size
     if kind is GgmlCodes:
-        block = BLOCK_TYPES[scheme.name]
+        block = BLOCK_TYPES[block_of(scheme.name)]
         return GgmlCodes(torch.empty(rows, columns // block.size * block.nbytes, dtype=torch.uint8), block.name)
     if kind is TableCodes:
-        absmax = torch.empty(-(-rows * columns // size))
-        return TableCodes(torch.empty(rows, columns // 2, dtype=torch.uint8), absmax, torch.empty(16), size)
+        count = -(-rows * columns // size)
+        codes, table = torch.empty(rows, columns // 2, dtype=torch.uint8), torch.empty(16)
+        if not stored.nested:
+            return TableCodes(codes, torch.empty(count), table, size)
+        inner, absmax = torch.empty(count, dtype=torch.uint8), torch.empty(stored.nested)
+        return TableCodes(codes, Nested(inner, absmax, torch.empty(256), torch.empty(1)), table, size)
     if kind is FloatCodes:
-        blocks = (-(-rows // ALIGNED), -(-columns // ALIGNED)) if size else (rows, 1)
+        blocks = (-(-rows // ALIGNED), -(-columns // ALIGNED)) if size else (1 if stored.single else rows, 1)
         given = torch.empty(1) if scheme.static_inputs else None
         codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
-        return FloatCodes(codes, torch.empty(blocks), ALIGNED if size else 0, given)
+        return FloatCodes(codes, torch.empty(blocks, dtype=stored.scales), ALIGNED if size else 0, given)
     groups = columns // (size or columns)
-    order = torch.empty(columns, dtype=torch.int32) if ordered else None
-    codes, zeros = torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows, groups, dtype=torch.uint8)
-    return IntCodes(codes, torch.empty(rows, groups), zeros, scheme.weight_bits, order)
+    order = torch.empty(columns, dtype=torch.int32) if stored.ordered else None
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    zeros = torch.empty((rows, groups) if stored.zeros else (1, 1), dtype=torch.uint8)
+    return IntCodes(codes, torch.empty(rows, groups, dtype=stored.scales), zeros, scheme.weight_bits, order)
 
 
-def resident(codes: Codes) -> dict[str, Tensor]:
+def resident(codes: Codes, stored: Stored) -> dict[str, Tensor]:
     """The tensors that the linear for these codes holds, by the names of its slots."""
-    if isinstance(codes, IntCodes) and codes.bits <= NIBBLE:
-        return _nibbles(codes)
-    if isinstance(codes, FloatCodes) and not codes.block and codes.scales.numel() == 1:
-        codes = replace(codes, scales=codes.scales.expand(codes.codes.shape[0], 1))
+    if isinstance(codes, IntCodes):
+        if not stored.zeros:
+            assert codes.symmetric, "zeros that no file stores are the middle code"
+            codes = replace(codes, zeros=codes.zeros[:1, :1])
+        return _packed(codes) if codes.bits <= NIBBLE else tensors(codes)
     if isinstance(codes, TableCodes) and isinstance(codes.absmax, Nested):
-        codes = replace(codes, absmax=codes.absmax.values())
+        codes = replace(codes, absmax=replace(codes.absmax, offset=torch.tensor([codes.absmax.offset])))
     return tensors(codes)
 
 
-def _nibbles(codes: IntCodes) -> dict[str, Tensor]:
+def held_bits(bits: int, columns: int) -> int:
+    """Bits in which integers of up to 4 are held: as they are where that makes whole bytes."""
+    return bits if bits in (2, 3) and columns % OCTET == 0 else NIBBLE
+
+
+def _packed(codes: IntCodes) -> dict[str, Tensor]:
     values, order = codes.codes, {}
     if codes.groups is not None:
         order["order"] = codes.groups.argsort(stable=True).to(torch.int32)
         values = values[:, order["order"]]
-    return order | {
-        "codes": values[:, 0::2] | (values[:, 1::2] << NIBBLE),
-        "scales": codes.scales,
-        "zeros": codes.zeros,
-    }
+    bits = held_bits(codes.bits, values.shape[1])
+    packed = values[:, 0::2] | (values[:, 1::2] << NIBBLE) if bits == NIBBLE else pack_low(values, bits)
+    return order | {"codes": packed, "scales": codes.scales, "zeros": codes.zeros}
 
 
-def tensors(codes: Codes) -> dict[str, Tensor]:
-    """The codes' tensors by field."""
-    found = {field.name: getattr(codes, field.name) for field in fields(codes)}
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+def tensors(codes: Codes | Nested) -> dict[str, Tensor]:
+    """The codes' tensors by field; those of a field that is coded itself as `field_inner`."""
+    found: dict[str, Tensor] = {}
+    for field in fields(codes):
+        value = getattr(codes, field.name)
+        if isinstance(value, Tensor):
+            found[field.name] = value
+        elif isinstance(value, Nested):
+            found |= {f"{field.name}_{inner}": tensor for inner, tensor in tensors(value).items()}
+    return found
+
+
+def _rebuilt(form: Codes, held: Mapping[str, Tensor]) -> Codes:
+    """`form` with the tensors that `tensors` told of."""
+    changes: dict[str, Any] = {field.name: held[field.name] for field in fields(form) if field.name in held}
+    if isinstance(form, TableCodes) and isinstance(form.absmax, Nested):
+        inner: dict[str, Any] = {name: held[f"absmax_{name}"] for name in tensors(form.absmax)}
+        changes["absmax"] = replace(form.absmax, **inner)
+    return replace(form, **changes)
 
 
 def merge(members: Mapping[str, nn.Module]) -> nn.Module | None:

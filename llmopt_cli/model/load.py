@@ -16,8 +16,9 @@ from torch import nn
 
 from llmopt_cli.errors import CheckpointError, ModelError, UnknownNameError, UsageError
 from llmopt_cli.model import attention
-from llmopt_cli.model.attention import AttentionContext
+from llmopt_cli.model.attention import AttentionContext, Reach
 from llmopt_cli.model.codes import kind_of
+from llmopt_cli.model.embedding import swap_embedding, tie
 from llmopt_cli.model.fuse import fuse, named_slots
 from llmopt_cli.model.linear import quantized_twin
 from llmopt_cli.model.stream import Store, quantized_places, stream
@@ -65,7 +66,7 @@ def load_model(
         fused = fuse(model)
         model.to_empty(device=place)
         fill_computed_buffers(model)
-        model.tie_weights()
+        tie(model)
         _fill(model, store, checkpoint, report)
     context = attention.attach(model)
     model.eval()
@@ -121,6 +122,19 @@ def read_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def context_limit(checkpoint: Checkpoint) -> int:
+    """Tokens that a request may have: the model's own limit, less where its angles would depend on other requests.
+
+    Above its first length `longrope` turns every token of a batch by other angles than below.
+    """
+    config, limit = checkpoint.config, checkpoint.spec.max_context
+    angles = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if angles.get("rope_type", angles.get("type")) not in ("longrope", "su"):
+        return limit
+    first = angles.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    return min(limit, first or limit)
+
+
 def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The transformers tree on the meta device, its attention going through our interface."""
     from transformers import AutoModelForCausalLM
@@ -140,14 +154,16 @@ def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
 
 
 def _swap_quantized(model: nn.Module, store: Store) -> None:
-    """Put an empty linear that holds codes where the store has them."""
+    """Put an empty linear or embedding that holds codes where the store has them."""
     wanted = [name for name, _ in named_slots(model)]
     for path, linear in quantized_places(model, store, wanted).items():
         parent, _, child = path.rpartition(".")
         scheme, plain = store.linears[linear], model.get_submodule(path)
-        assert isinstance(plain, nn.Linear)
         with torch.device("meta"):
-            twin = quantized_twin(child, plain, kind_of(scheme), scheme, store.scattered(linear))
+            if not isinstance(plain, nn.Linear):
+                swap_embedding(model, path, scheme)
+                continue
+            twin = quantized_twin(child, plain, kind_of(scheme), scheme, store.stored(linear))
         setattr(model.get_submodule(parent), child, twin)
 
 
@@ -202,16 +218,28 @@ def _fill(model: Any, store: Store, checkpoint: Checkpoint, report: Report | Non
 @torch.inference_mode()
 def _probe(model: Any, checkpoint: Checkpoint) -> None:
     """Run two tokens without a cache: every decoder layer must go through the paged interface, once."""
-    device = model.get_input_embeddings().weight.device
+    device = next(model.parameters()).device
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
+    try:
+        with attention.probing(model):
+            model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
+        model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)  # as it will run
+    except (TypeError, AttributeError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"`{checkpoint.name}` does not run on packed tokens without its own cache: {reason}"
+        ) from error
     layers, spec = attention.paged_layers(model), checkpoint.spec
     if len(layers) != spec.num_layers:
         raise ModelError(
             f"`{checkpoint.name}` sends {len(layers)} of its {spec.num_layers} layers through the attention interface; "
             "the others keep a state that the runtime does not page"
         )
-    # A window or chunk that lives in the mask alone would be lost: for our interface no masks are built.
-    windowed = sum(layer.seen is not None and layer.seen.window is not None for layer in layers)
-    if windowed < spec.num_sliding_layers or getattr(model.config, "attention_chunk_size", None):
-        raise ModelError(f"`{checkpoint.name}` limits attention by its mask alone, which the runtime does not see")
+    if any(layer.calls > 2 for layer in layers):
+        raise ModelError(f"`{checkpoint.name}` attends several times in one layer, which the runtime does not page")
+    # Windows are read from masks, or from the call: one that config.json has and neither told of would be lost.
+    limited = sum(
+        layer.reach not in (None, Reach()) or (layer.seen and layer.seen.window) is not None for layer in layers
+    )
+    if limited < spec.num_sliding_layers:
+        raise ModelError(f"`{checkpoint.name}` limits attention in a way that the runtime does not see")

@@ -7,25 +7,32 @@ mapping of the architecture. Knows neither fusing nor devices.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from llmopt_cli.errors import CheckpointError, ModelError
 from llmopt_cli.model.codes import Codes
 from llmopt_cli.model.formats.gguf import read_tensor
 from llmopt_cli.model.formats.table import format_of
-from llmopt_cli.model.linear import resident
+from llmopt_cli.model.linear import Stored, resident
 from llmopt_cli.spec.checkpoint import Checkpoint
 from llmopt_cli.spec.gguf_checkpoint import GgufHeader
 from llmopt_cli.spec.scheme import Scheme
 
 CACHE_SCALES = r"\.[kv]_scale$"  # an offer to engines whose fp8 cache has one scale a layer; ours scales every token
-ORDERS = ("g_idx", "weight_g_idx")  # suffixes of the tensors that say which group an input is in
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Suffixes of the tensors that say which group an input is in, that hold scales, zeros, and absolute maxima of scales.
+ORDERS = ("g_idx", "weight_g_idx")
+SCALES = ("scales", "weight_scale", "weight_scale_inv", "SCB")
+ZEROS = ("qzeros", "weight_zero_point")
+NESTED = "weight.nested_absmax"
 
 
 class Store:
@@ -55,11 +62,24 @@ class Store:
         """The linears that are stored quantized, and how."""
         return {linear: self._schemes.of(linear) for linear in self._parts}
 
-    def scattered(self, linear: str) -> bool:
-        """Whether the groups of a quantized linear are not of neighbouring inputs."""
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the codes are GGML's, which embeddings can be, too."""
+        return bool(self._parts) and self._format.name == "gguf"
+
+    def stored(self, linear: str) -> Stored:
+        """How a quantized linear is stored, from its file's header; `ordered` if groups are not of neighbours."""
         parts = self._parts[linear]
-        found = [self.read(parts[suffix]) for suffix in ORDERS if suffix in parts]
-        return any(bool((groups.diff() < 0).any()) for groups in found)
+        headers = {suffix: self._checkpoint.tensors[name] for suffix, name in parts.items()}
+        scales = next((headers[suffix] for suffix in SCALES if suffix in headers), None)
+        orders = [self.read(parts[suffix]) for suffix in ORDERS if suffix in parts]
+        return Stored(
+            scales=FLOATS.get(scales.dtype, torch.float32) if scales else torch.float32,
+            single=scales is not None and math.prod(scales.shape) == 1,
+            zeros=any(suffix in headers for suffix in ZEROS),
+            ordered=any(bool((groups.diff() < 0).any()) for groups in orders),
+            nested=headers[NESTED].shape[0] if NESTED in headers else 0,
+        )
 
     def codes(self, linear: str) -> Codes:
         """A quantized linear out of its file; CheckpointError names it if its tensors do not belong together."""
@@ -105,7 +125,8 @@ def stream(model: Any, store: Store, wanted: Collection[str]) -> Iterator[tuple[
     for target, (converter, sources) in plan(model, store.names, {*wanted, *coded}).items():
         if target in coded:
             linear = target.removesuffix("weight")
-            held = resident(store.codes(sources[0][0].removesuffix(".weight")))
+            name = sources[0][0].removesuffix(".weight")
+            held = resident(store.codes(name), store.stored(name))
             yield from ((f"{linear}{field}", tensor) for field, tensor in held.items())
         elif converter is None:
             yield target, store.get(sources[0][0])
@@ -118,9 +139,10 @@ def stream(model: Any, store: Store, wanted: Collection[str]) -> Iterator[tuple[
 
 
 def quantized_places(model: nn.Module, store: Store, wanted: Collection[str]) -> dict[str, str]:
-    """Where the model has a linear of its own for a quantized one of the store: its path -> the stored name."""
+    """Where the model has a linear, or for blocks of GGML an embedding, for a quantized one: path -> stored name."""
     names = [f"{linear}.weight" for linear in store.linears]
-    own = {path for path, module in model.named_modules() if type(module) is nn.Linear}
+    kinds = (nn.Linear, nn.Embedding) if store.in_blocks else (nn.Linear,)
+    own = {path for path, module in model.named_modules() if type(module) in kinds}
     places = {}
     for target, (converter, sources) in plan(model, names, wanted).items():
         path = target.removesuffix(".weight")

@@ -18,10 +18,11 @@ from llmopt_cli.errors import ModelError
 from llmopt_cli.model.codes import Codes, FloatCodes, IntCodes
 from llmopt_cli.model.formats.layout import Format
 from llmopt_cli.quant.awq import Choice, rescale
-from llmopt_cli.quant.correct import propagated
+from llmopt_cli.quant.correct import corrected
 from llmopt_cli.quant.fp8 import with_fixed_inputs
 from llmopt_cli.quant.grid import divide_rows, relative_error
 from llmopt_cli.quant.methods import METHODS, Method
+from llmopt_cli.quant.rotate import Rotation
 from llmopt_cli.quant.skeleton import rounded_inputs
 from llmopt_cli.quant.solved import Solved
 from llmopt_cli.quant.structure import Group, Producer, find_stages, fold
@@ -37,6 +38,7 @@ Watch = Callable[[Sequence[Group]], list[Seen]]
 class ModuleReport:
     """What was done to one linear. `method` is the one really in effect; `fallback` says that it is not the one wanted.
 
+    `scheme` names its precision, which with GGUF is the type of its blocks, and `bits` are those of a code in it.
     `error` is |(W' - W) x| / |W x| on the calibration tokens it saw (None if it saw none), W being what was to be
     quantized; `damping` is what was added to the mean diagonal of its Hessian, `scaled_by` the module that took up the
     inverse of its channels' scale.
@@ -45,6 +47,7 @@ class ModuleReport:
     name: str
     method: str
     fallback: bool
+    scheme: str
     bits: int
     damping: float
     error: float | None
@@ -55,15 +58,24 @@ class ModuleReport:
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """What is wanted of every block. `stored` holds the dtype on disk of each parameter, by its name in the tree."""
+    """What is wanted of a model. `stored` holds the dtype on disk of each parameter, by its name in the tree.
+
+    `exceptions` are linears of another precision, `ends` weights outside the blocks that are quantized without any
+    statistics. `rotation` turns the model beforehand; `head` quantizes the output head with statistics, `kv_scales`
+    asks for those of an 8-bit KV cache.
+    """
 
     method: Method
     format: Format
     scheme: Scheme
     stored: Mapping[str, torch.dtype]
     exceptions: Mapping[str, Scheme] = field(default_factory=dict)
+    ends: Mapping[str, Scheme] = field(default_factory=dict)
     strict: bool = False
     correct: bool = False
+    rotation: Rotation | None = None
+    head: bool = False
+    kv_scales: bool = False
 
     def scheme_of(self, linear: str) -> Scheme:
         """The precision of the linear of this name in the tree."""
@@ -88,8 +100,9 @@ def digest(weight: Tensor) -> str:
 def quantize_block(block: nn.Module, where: str, groups: Sequence[Group], watch: Watch, settings: Settings) -> Made:
     """Quantize the linears of `groups` in `block`, in place; afterwards its weights are those that the codes mean.
 
-    `watch` says what groups see, with all before them quantized. ModelError if that is not finite, or with
-    `settings.strict` as soon as a linear has to fall back.
+    `block` is called `where` in the tree, which is `` for the whole of it. `watch` says what groups see, with all
+    before them quantized. ModelError if that is not finite, or with `settings.strict` as soon as a linear has to fall
+    back.
     """
     made = Made()
     at_work = _Block(block, where, settings, made)
@@ -108,8 +121,12 @@ class _Block:
     settings: Settings
     made: Made
 
+    def full(self, name: str) -> str:
+        """The name in the tree of a module of this block."""
+        return f"{self.name}.{name}" if self.name else name
+
     def quantize(self, group: Group, seen: Seen) -> None:
-        first = f"{self.name}.{group.linears[0]}"
+        first = self.full(group.linears[0])
         if not bool(seen.gram.isfinite().all()):
             raise ModelError(f"the inputs of `{first}` are not finite numbers", "check the model, or try --device cpu")
         method = self._method(seen)
@@ -119,16 +136,18 @@ class _Block:
         absorber = group.producer if choice.scaled else None
         scale = self._absorb(absorber, choice.scale) if absorber else choice.scale
         for linear in group.linears:
-            self._settle(linear, method, replace(choice, scale=scale), seen, absorber)
+            self._settle(linear, group, method, replace(choice, scale=scale), seen)
 
     def _method(self, seen: Seen) -> Method:
         """The one wanted, unless too little was seen for it."""
         wanted = self.settings.method
-        return wanted if seen.tokens >= FEWEST_TOKENS or not wanted.needs_gram else METHODS[FALLBACK]
+        if seen.tokens >= FEWEST_TOKENS or not wanted.needs_gram:
+            return wanted
+        return METHODS[FALLBACK] if wanted.blind is None else replace(wanted, solver=wanted.blind, needs_gram=False)
 
     def _absorb(self, producer: Producer, scale: Tensor) -> Tensor:
         """Divide the producer's output by `scale`; returns what its readers must multiply by."""
-        module, name = self.module.get_submodule(producer.name), f"{self.name}.{producer.name}"
+        module, name = self.module.get_submodule(producer.name), self.full(producer.name)
         scale = fold(self.module, producer, scale, self.settings.stored[f"{name}.weight"])
         if producer.kind == "rows":
             # Scaled after it was quantized: codes don't depend on a factor that a whole row has in common.
@@ -139,15 +158,15 @@ class _Block:
         self.made.vectors |= {f"{name}.{key}": value for key, value in module.named_parameters() if value.ndim == 1}
         return scale
 
-    def _settle(self, linear: str, method: Method, choice: Choice, seen: Seen, absorber: Producer | None) -> None:
+    def _settle(self, linear: str, group: Group, method: Method, choice: Choice, seen: Seen) -> None:
         """Put one linear's weight onto its grid, for good."""
-        name, module = f"{self.name}.{linear}", self.module.get_submodule(linear)
+        name, module = self.full(linear), self.module.get_submodule(linear)
         scheme = self.settings.scheme_of(name)
         weight, gram = module.weight.clone(), seen.gram
+        if seen.cross is not None:
+            weight = corrected(weight, gram, seen.cross if group.sum is not None else weight @ seen.cross)
         if choice.scaled:
             weight, gram = rescale(weight, gram, choice.scale)
-        if seen.cross is not None:
-            weight = propagated(weight, gram, seen.cross / choice.scale / choice.scale[:, None])
         solved = method.solver(weight, gram if method.needs_gram and linear in choice.clipped else None, scheme)
         module.weight.copy_(solved.codes.dequantize())
         self.made.linears[name] = solved.codes
@@ -157,18 +176,20 @@ class _Block:
         if not scheme.weight_only:
             given = getattr(self.made.linears[name], "input_scale", None)
             module.register_forward_pre_hook(partial(rounded_inputs, scheme=scheme, given=given))
-        self._report(name, solved, relative_error(weight, module.weight, gram) if seen.tokens else None, seen, absorber)
+        error = relative_error(weight, module.weight, gram) if seen.tokens else None
+        self._report(name, solved, error, seen, group.producer if choice.scaled else None)
 
     def _report(self, name: str, solved: Solved, error: float | None, seen: Seen, absorber: Producer | None) -> None:
-        wanted = self.settings.method.name
+        wanted, scheme = self.settings.method.name, self.settings.scheme_of(name)
         report = ModuleReport(
             name=name,
             method=solved.method,
             fallback=solved.method != wanted,
-            bits=self.settings.scheme_of(name).weight_bits,
+            scheme=scheme.name,
+            bits=scheme.weight_bits,
             damping=solved.damping,
             error=error,
-            scaled_by=f"{self.name}.{absorber.name}" if absorber else None,
+            scaled_by=self.full(absorber.name) if absorber else None,
             tokens=seen.tokens,
             inputs=len(seen.mean_abs),
         )

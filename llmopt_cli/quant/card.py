@@ -5,6 +5,7 @@ Renders an `Outcome`; computes nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,8 @@ if TYPE_CHECKING:
 def card(outcome: Outcome) -> str:
     """The README.md of a quantized model."""
     scheme, quality, text = outcome.scheme, outcome.quality, outcome.calibration
-    group = f"groups of {scheme.group_size}" if scheme.group_size else "one group a row"
-    grid = "symmetric" if scheme.symmetric else "asymmetric"
     warnings = "".join(f"- Warning: {warning}.\n" for warning in outcome.warnings)
+    wishes = "".join(f"- {subject or 'bits'}: {what}.\n" for subject, what in extras(outcome))
     worst = max(outcome.modules, key=lambda module: module.error or 0.0)
     return f"""---
 base_model: {outcome.model}
@@ -26,8 +26,8 @@ tags: [{outcome.method}, {scheme.weight_bits}-bit, llmopt]
 ---
 # {outcome.model}, {scheme.weight_bits}-bit {outcome.method.upper()}
 
-`{outcome.model}` with the linear layers of its decoder blocks in {scheme.weight_bits} bits, {grid}, {group} \
-({scheme.bits_per_weight:.3f} bits a weight); embeddings and output head as they were. \
+`{outcome.model}` with the linear layers of its decoder blocks in {_grid(outcome)} \
+({scheme.bits_per_weight:.3f} bits a weight); {ends_of(outcome)}. \
 Made by llmopt {outcome.llmopt}. The license is the base model's.
 
 | | base | this |
@@ -48,7 +48,54 @@ All of them: `quality.json`.
 - Calibrated on `{text.file}` (sha256 `{text.sha256[:16]}`), {text.windows} windows of {text.window} tokens, \
 seed {outcome.seed}; no text is in both sets, {outcome.overlap:.2%} of the evaluation's 13-grams are in both.
 - Files: `{outcome.format}` layout.
+{wishes}\
 {warnings}"""
+
+
+def _grid(outcome: Outcome) -> str:
+    """The precision of the linears in words: that of all, or how many are in which."""
+    scheme, counted = outcome.scheme, Counter(module.scheme for module in outcome.modules)
+    if outcome.ends:
+        return " and ".join(f"{name} ({count})" for name, count in counted.items())
+    widths = sorted({module.bits for module in outcome.modules})
+    group = f"groups of {scheme.group_size}" if scheme.group_size else "one group a row"
+    bits = " or ".join(map(str, widths))
+    return f"{bits} bits, {'symmetric' if scheme.symmetric else 'asymmetric'}, {group}"
+
+
+def ends_of(outcome: Outcome) -> str:
+    """What became of embeddings and head, in words."""
+    found = ", ".join(f"`{name}` in {scheme}" for name, scheme in outcome.ends.items())
+    embedding = "rotated" if outcome.rotated else "as they were"
+    if outcome.head_bits is not None:
+        return f"embeddings {embedding}, output head in {outcome.head_bits:.3f} bits a weight"
+    return found or f"embeddings and output head {embedding}"
+
+
+def extras(outcome: Outcome) -> list[tuple[str, str]]:
+    """What else was wished for, in words: subject and what became of it."""
+    found = []
+    if outcome.untied_bytes:
+        found.append(
+            ("untied", f"an output head of its own beside the embedding, {outcome.untied_bytes / 1e6:,.2f} MB")
+        )
+    if outcome.target_bpw is not None:
+        found.append(("bits", "linears that engines run as one, such as query, key and value, have the same"))
+        found += [("", f"{role}: {chosen}") for role, chosen in bits_by_role(outcome)]
+    if outcome.kv_scales:
+        found.append(("KV cache", "a scale in fp8 (e4m3) for keys and one for values of every layer"))
+    return found
+
+
+def bits_by_role(outcome: Outcome) -> list[tuple[str, str]]:
+    """A linear's name in its block, and how many blocks gave it how many bits."""
+    roles: dict[str, Counter[int]] = {}
+    for module in outcome.modules:
+        roles.setdefault(module.name.rpartition(".")[2], Counter())[module.bits] += 1
+    return [
+        (role, ", ".join(f"{count} in {bits} bits" for bits, count in sorted(counts.items())))
+        for role, counts in roles.items()
+    ]
 
 
 def quality_rows(quality: Quality) -> list[tuple[str, str, str]]:

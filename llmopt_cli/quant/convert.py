@@ -125,7 +125,7 @@ def _left(store: Store, schemes: Mapping[str, Scheme]) -> list[str]:
     matrices = (name for name in store.names if name.endswith(".weight"))
     plain = (name.removesuffix(".weight") for name in matrices if name.removesuffix(".weight") not in schemes)
     left = [name for name in plain if store.read(f"{name}.weight").ndim == 2]
-    return left if "lm_head" in left else [*left, "lm_head"]
+    return left if "lm_head" in (*left, *schemes) else [*left, "lm_head"]
 
 
 def _tensors(

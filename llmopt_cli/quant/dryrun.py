@@ -6,10 +6,11 @@ speed that a product of the same shape was seen to run with. Knows no text: toke
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,16 @@ import torch
 from llmopt_cli.model.load import pick_device
 from llmopt_cli.quant.blocks import FALLBACK
 from llmopt_cli.quant.methods import METHODS
+from llmopt_cli.quant.outside import turned_weights
 from llmopt_cli.quant.preflight import Layout, misfits, output_bytes, refuse_not_quantizable, stream_bytes
+from llmopt_cli.quant.rehearse import rehearse
+from llmopt_cli.quant.rotate import Rotation
 from llmopt_cli.quant.skeleton import Skeleton
-from llmopt_cli.quant.walk import BATCH_TOKENS
+from llmopt_cli.quant.walk import BATCH_TOKENS, Walk
 from llmopt_cli.spec.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from llmopt_cli.quant.quantize import Job
+    from llmopt_cli.quant.job import Job
 
 PASSES = 3.5  # runs of a block over the calibration text: its groups look at parts of it, then it hands on the states
 JUDGED_PASSES = 2  # of the evaluation text: base and quantized
@@ -65,52 +69,60 @@ class Plan:
 def plan(job: Job, evaluation_windows: int) -> Plan:
     """Look `job` over. Raises what the job itself would refuse, but for shapes: those are listed."""
     checkpoint = refuse_not_quantizable(Checkpoint.open(job.model))
-    scheme, form = job.scheme, job.layout
+    form, files, wishes = job.layout, job.files, job.wishes
     with Skeleton(checkpoint, pick_device(job.device)) as skeleton:
-        parts = Layout.of(skeleton)
-        blocks = len(skeleton.blocks)
-        largest = max(sum(weight.numel() for weight in block.parameters()) for block in skeleton.blocks)
-        outside = sum(
-            weight.numel()
-            for name, weight in skeleton.model.named_parameters()
-            if not name.startswith(f"{skeleton.prefix}.")
-        )
-    output = output_bytes(parts, scheme, checkpoint)
-    tokens = (job.samples + 2 * evaluation_windows) * job.seq_len
-    widest = max(columns for _, columns in parts.linears.values())
-    statistics = SCRATCH * 4 * max(rows * columns + columns**2 for rows, columns in parts.linears.values())
-    batch = 4 * BATCH_TOKENS * (2 * widest + 4 * parts.hidden)
+        parts = Layout.of(skeleton, files.fixed(checkpoint), wishes)
+        rotation = Rotation.make(parts.hidden, job.seed, skeleton.device) if wishes.rotate else None
+        rehearse(Walk(skeleton), rotation, wishes.scales)
+        blocks, memory = len(skeleton.blocks), _memory(job, parts, skeleton)
+    output = output_bytes(parts, job.typical, checkpoint)
+    tokens = (job.samples * job.streams + 2 * evaluation_windows) * job.seq_len
     return Plan(
         model=checkpoint.name,
         method=job.method,
         format=form.name,
-        kinds=_kinds(parts, checkpoint, job),
+        kinds=_kinds(parts, checkpoint, job, files.notes(checkpoint)),
         bytes_before=checkpoint.nbytes,
         bytes_after=output,
-        peak_memory_bytes=max(4 * largest + statistics + batch, 4 * outside + batch),
+        peak_memory_bytes=memory,
         disk_bytes=stream_bytes(parts, tokens) + 2 * output,
         minutes=_seconds(job, parts, blocks, evaluation_windows) / 60,
         engines=dict(form.engines),
     )
 
 
-def _kinds(parts: Layout, checkpoint: Checkpoint, job: Job) -> tuple[Kind, ...]:
-    """Quantized tensors by name and shape, then the rest by name."""
-    problems = misfits(parts, job.layout, job.scheme)
-    found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for name, shape in parts.linears.items():
-        found.setdefault((_role(name), shape), []).append(name)
-    kinds = [
-        _kind(role, names, shape, job.scheme.bits_per_weight, problems.get(names[0]))
-        for (role, shape), names in found.items()
-    ]
-    quantized = {f"{parts.stored[name]}.weight" for name in parts.linears}
-    rest: dict[tuple[str, tuple[int, ...], float], list[str]] = {}
-    for name, header in checkpoint.tensors.items():
-        if name not in quantized:
-            count = max(1, torch.Size(header.shape).numel())
-            rest.setdefault((_role(name), header.shape, 8 * header.nbytes / count), []).append(name)
-    return tuple(kinds + [_kind(role, names, shape, bits, None) for (role, shape, bits), names in rest.items()])
+def _memory(job: Job, parts: Layout, skeleton: Skeleton) -> int:
+    """Bytes for a block with its statistics, or for the outside: with what it becomes, and statistics of the head."""
+    outside = sum(
+        weight.numel()
+        for name, weight in skeleton.model.named_parameters()
+        if not name.startswith(f"{skeleton.prefix}.")
+    )
+    outside *= 2 if parts.ends else 1
+    if job.rotate:
+        outside += sum(skeleton.model.get_parameter(name).numel() for name in turned_weights(skeleton.model))
+    largest = max(sum(weight.numel() for weight in block.parameters()) for block in skeleton.blocks)
+    statistics = SCRATCH * max(rows * columns + columns**2 for rows, columns in parts.linears.values())
+    widest = max(columns for _, columns in parts.linears.values())
+    batch = BATCH_TOKENS * (2 * widest + 4 * parts.hidden)
+    held: int = max(largest + statistics, outside + (statistics if job.quantize_head else 0))
+    return 4 * (held + batch)
+
+
+def _kinds(parts: Layout, checkpoint: Checkpoint, job: Job, notes: Mapping[str, str]) -> tuple[Kind, ...]:
+    """Quantized tensors by name, shape and precision, then the rest."""
+    wrong = [misfits(parts, job.layout, scheme).items() for scheme in job.widths.values() or [job.scheme]]
+    problems = {f"{parts.stored[name]}.weight": why for found in wrong for name, why in found}
+    shapes = {f"{parts.stored[name]}.weight": shape for name, shape in parts.linears.items()}
+    schemes = dict.fromkeys(shapes, job.typical) | dict(parts.fixed)
+    headers = dict(checkpoint.tensors) | dict(parts.added)
+    kinds: dict[tuple[str, tuple[int, ...], float], list[str]] = {}
+    for name in [*shapes, *(name for name in headers if name not in shapes)]:
+        shape = shapes[name] if name in shapes else headers[name].shape
+        bits = schemes[name].bits_per_weight if name in schemes else 8 * headers[name].nbytes / max(1, math.prod(shape))
+        kinds.setdefault((_role(name), shape, bits), []).append(name)
+    reasons = problems | dict(notes)
+    return tuple(_kind(role, names, shape, bits, reasons.get(names[0])) for (role, shape, bits), names in kinds.items())
 
 
 def _kind(role: str, names: list[str], shape: tuple[int, ...], bits: float, problem: str | None) -> Kind:
@@ -126,7 +138,9 @@ def _role(name: str) -> str:
 def _seconds(job: Job, parts: Layout, blocks: int, evaluation_windows: int) -> float:
     """Solvers and statistics of all shapes, and all passes through the blocks."""
     tokens = job.samples * job.seq_len
-    passes = PASSES * tokens + JUDGED_PASSES * evaluation_windows * job.seq_len
+    passes = (
+        PASSES * (2 if job.widths else 1) + job.corrected
+    ) * tokens + JUDGED_PASSES * evaluation_windows * job.seq_len
     total = 0.0
     for shape, count in Counter(parts.linears.values()).items():
         forward, gram, solver = _timed(job, shape)

@@ -35,10 +35,14 @@ Made = Callable[[str], GgmlCodes | None]  # a stored name -> the blocks it was q
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor of the file and the checkpoint's tensors that it is made of: one, or one for each expert."""
+    """A tensor of the file and the checkpoint's tensors that it is made of: one, or one for each expert.
+
+    `wanted` is the type that the mix would give to rows of whole blocks.
+    """
 
     tensor: GgufTensor
     sources: tuple[str, ...]
+    wanted: str
 
 
 def block_types(checkpoint: Checkpoint, mix: str) -> dict[str, str]:
@@ -61,8 +65,8 @@ def outputs(checkpoint: Checkpoint, mix: str) -> list[Output]:
         if place.stem.endswith("_exps"):
             shape = (len(names), *shape)
         kind = "norm" if len(shape) == 1 else place.kind
-        wanted = fitting(rule.type_of(kind, place.layer, spec), shape[-1])
-        found.append(Output(GgufTensor(target, wanted, tuple(shape)), names))
+        wanted = rule.wanted(kind, place.layer, spec)
+        found.append(Output(GgufTensor(target, fitting(wanted, shape[-1]), tuple(shape)), names, wanted))
     return found
 
 
@@ -86,7 +90,7 @@ def write_checkpoint(
         "general.file_type": (MIXES | FULL)[mix].file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
     }
-    keys |= _tokenizer(checkpoint, pre) | dict(facts or {})
+    keys |= tokenizer_keys(checkpoint, pre) | dict(facts or {})
     tensors = [output.tensor for output in found]
     factors = rope_factors(checkpoint.config, spec.head_dim)
     extra = [] if factors is None else [GgufTensor(ROPE_FREQS, "f32", (len(factors),))]
@@ -130,8 +134,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def _tokenizer(checkpoint: Checkpoint, pre: str | None) -> dict[str, Any]:
-    """The tokenizer's keys; UsageError if there is none in a form that can be written."""
+def tokenizer_keys(checkpoint: Checkpoint, pre: str | None) -> dict[str, Any]:
+    """The tokenizer's keys; UsageError if there is none, or none that llama.cpp has a name for and `pre` gives none."""
     folder = checkpoint.path
     if not (folder / "tokenizer.json").is_file():
         raise UsageError(

@@ -65,8 +65,19 @@ def kv_scales(block: nn.Module, where: str, ranges: Ranges) -> dict[str, Tensor]
 
     ModelError if the block has cached nothing, or has not one attention.
     """
-    attention = [name for name, module in block.named_modules() if name and hasattr(module, "layer_idx")]
-    if len(attention) != 1 or not bool(ranges.value > 0):
-        raise ModelError(f"`{where}` has no attention that fills a KV cache", "leave out --kv-scales")
-    home = f"{where}.{attention[0]}"
+    if not bool(ranges.value > 0):
+        raise _no_cache(where)
+    home = attention_of(block, where)
     return {f"{home}.k_scale": scale_of(ranges.key), f"{home}.v_scale": scale_of(ranges.value)}
+
+
+def attention_of(block: nn.Module, where: str) -> str:
+    """The name in the tree of the block's attention; ModelError if it has not one."""
+    attention = [name for name, module in block.named_modules() if name and hasattr(module, "layer_idx")]
+    if len(attention) != 1:
+        raise _no_cache(where)
+    return f"{where}.{attention[0]}"
+
+
+def _no_cache(where: str) -> ModelError:
+    return ModelError(f"`{where}` has no attention that fills a KV cache", "leave out --kv-scales")

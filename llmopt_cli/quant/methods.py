@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmopt_cli.quant import awq, smooth
 from llmopt_cli.quant.awq import Choice
 from llmopt_cli.quant.fp8 import fp8
+from llmopt_cli.quant.ggml_method import ggml
 from llmopt_cli.quant.gptq import gptq
 from llmopt_cli.quant.grid import quantize_weight
 from llmopt_cli.quant.hqq import hqq
@@ -22,6 +23,7 @@ from llmopt_cli.quant.nf4 import nf4
 from llmopt_cli.quant.solved import Solved, Solver
 from llmopt_cli.quant.structure import Group
 from llmopt_cli.quant.walk import Seen
+from llmopt_cli.spec.gguf import MIXES
 from llmopt_cli.spec.scheme import Scheme, find_scheme
 
 Scaler = Callable[[nn.Module, Group, Seen, Scheme], Choice]
@@ -33,7 +35,9 @@ class Method:
 
     `solver` puts a weight on its grid, after `scaler` chose what a group's channels are scaled by. `formats` can hold
     the result, the default first; `bits` are those it can do; `scheme` is what holds unless the user says otherwise.
-    With `own_grid` group size and symmetry are the method's own, not the user's choice.
+    With `own_grid` group size and symmetry are the method's own, not the user's choice. `blind` is for weights whose
+    inputs were not seen, where rounding to nearest would make nothing that the formats can hold. A `corrected` one
+    makes good the errors upstream unless it is told not to.
     """
 
     name: str
@@ -44,6 +48,13 @@ class Method:
     needs_gram: bool = False
     scaler: Scaler | None = None
     own_grid: bool = False
+    blind: Solver | None = None
+    corrected: bool = False
+
+    @property
+    def blind_solver(self) -> Solver:
+        """What quantizes a weight of which nothing but its numbers is known."""
+        return self.blind or _rtn
 
 
 def _rtn(weight: Tensor, gram: Tensor | None, scheme: Scheme) -> Solved:
@@ -69,6 +80,14 @@ def _own(name: str, solver: Solver, scheme: Scheme, *formats: str, scaler: Scale
     return Method(name, solver, replace(scheme, method=name), formats, bits, scaler is not None, scaler, own_grid=True)
 
 
+def _gguf(mix: str) -> Method:
+    """A mix of GGML's block types. 8 bits are too fine for an importance to matter."""
+    scheme, importance = replace(find_scheme(mix), method=mix), mix != "q8_0"
+    blind = partial(ggml, name="no importance" if importance else mix)
+    solver = partial(ggml, name=mix)
+    return Method(mix, solver, scheme, ("gguf",), (scheme.weight_bits,), importance, own_grid=True, blind=blind)
+
+
 NF4 = replace(find_scheme("nf4-nested"), name="nf4")  # by its table; that scales are in 8 bits is said beside it
 INT8 = replace(find_scheme("int8"), compute="int8", scale_bits=32, outliers=OUTLIER)
 
@@ -78,7 +97,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("rtn", _rtn, find_scheme("rtn"), _first("awq"), BITS),
         Method("awq", _clipped, find_scheme("awq"), _first("awq"), BITS, needs_gram=True, scaler=awq.choose),
-        Method("gptq", gptq, replace(find_scheme("gptq"), method="gptq"), _first("gptq"), BITS, needs_gram=True),
+        Method("gptq", gptq, replace(find_scheme("gptq"), method="gptq"), _first("gptq"), BITS, True, corrected=True),
         Method(
             "awq+gptq",
             partial(gptq, name="awq+gptq"),
@@ -87,6 +106,7 @@ METHODS: dict[str, Method] = {
             BITS,
             needs_gram=True,
             scaler=awq.choose_for_gptq,
+            corrected=True,
         ),
         Method("hqq", hqq, replace(find_scheme("rtn"), method="hqq"), _first("awq"), BITS),
         _own("smoothquant", int8, find_scheme("w8a8"), "compressed-tensors", scaler=smooth.choose),
@@ -96,5 +116,6 @@ METHODS: dict[str, Method] = {
         _own("fp8", fp8, find_scheme("fp8"), "compressed-tensors"),
         _own("fp8_static", fp8, replace(find_scheme("fp8"), static_inputs=True), "compressed-tensors"),
         _own("fp8_block", fp8, find_scheme("fp8_block"), "fp8", "compressed-tensors"),
+        *map(_gguf, MIXES),
     )
 }

@@ -2,31 +2,39 @@
 
 Three streams of hidden states go along on disk: the calibration text through the quantized model, and the evaluation
 text through both models, so that quality is measured without a second model. A fourth, the calibration text through
-the base, goes along only for a correction that needs it. Knows neither methods nor formats.
+the base, goes along only for a correction that needs it, and a fifth, the calibration text through the base once more,
+in a pass before all others that weighs what bits are worth. Knows neither methods nor formats.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmopt_cli.output import Report
+from llmopt_cli.quant.allocate import Claim, allot, claims
 from llmopt_cli.quant.awq import CALL_TOKENS
 from llmopt_cli.quant.blocks import Made, ModuleReport, Settings, digest, quantize_block
+from llmopt_cli.quant.ends import Ends
+from llmopt_cli.quant.kv_scales import kv_scales, watched
+from llmopt_cli.quant.outside import embedding_and_head
 from llmopt_cli.quant.quality import Quality, compare_pairs
+from llmopt_cli.quant.rotate import changed_vectors, rotate_block
 from llmopt_cli.quant.skeleton import Skeleton, trim
 from llmopt_cli.quant.streams import Stream
-from llmopt_cli.quant.structure import Group, find_groups
-from llmopt_cli.quant.walk import Seen, Walk, at_once, cross_moments, observe
+from llmopt_cli.quant.structure import Group, find_groups, find_stages
+from llmopt_cli.quant.walk import Seen, Walk, at_once, caught, observe, places
 from llmopt_cli.quant.work import Work
+from llmopt_cli.spec.scheme import Scheme
 
 TRIAL_TOKENS = 32  # of the first window, on which claims about a block's structure are tried out
-FITTED, TRUE, BASE, OURS = "fitted", "true", "base", "ours"  # the streams
+FITTED, TRUE, BASE, OURS, WEIGHED = "fitted", "true", "base", "ours", "weighed"  # the streams
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,16 +52,52 @@ class Pipeline:
         """The model."""
         return self.walk.skeleton
 
-    def run(self, report: Report) -> None:
-        """Quantize all blocks that are not done yet."""
-        begun = self.work.done
+    @property
+    def ends(self) -> Ends:
+        """What is other than the base's outside the blocks."""
+        return Ends(self.walk, self.work, self.settings, self._trial_ids())
+
+    @property
+    def blocks(self) -> int:
+        """How many there are; the output head may be a step behind them."""
+        return len(self.skeleton.blocks)
+
+    def begin(self) -> None:
+        """Learn how the model is walked, and make what does not depend on statistics."""
         self.walk.learn(self.fitted, self.judged, self._trial_ids())
+        self.ends.make()
+
+    def run(self, report: Report) -> None:
+        """Quantize all blocks that are not done yet, and the output head if that is wanted."""
+        begun = self.work.done
         if begun == 0:
             self._enter()
         for index in range(begun, self.work.total):
             report(index, self.work.total)
-            self._step(index)
+            if index < self.blocks:
+                self._step(index)
+            else:
+                self._finish(index)
         report(self.work.total, self.work.total)
+
+    def allotted(self, schemes: Mapping[int, Scheme], target: float, report: Report) -> Pipeline:
+        """The run in which every linear has the one of `schemes`, by their bits, that a budget of bits gives to it.
+
+        A first pass through the unquantized model weighs them, block by block; what it found is kept.
+        """
+        total = self.work.total
+        weighed = next(level for level in range(total + 1) if self.work.noted(WEIGHED, level) is None)
+        if weighed == 0:
+            with self.skeleton.outside(), self.skeleton.holding(self.ends.weights()):
+                self._begin(WEIGHED)
+        for index in range(weighed, total):
+            report(index, total)
+            found = self._weigh(index, schemes) if index < self.blocks else self._weigh_head(schemes)
+            self.work.note(WEIGHED, index, [claim.note() for claim in found])
+        report(total, total)
+        notes = (note for index in range(total) for note in self.work.noted(WEIGHED, index))
+        usual, exceptions = allot([Claim.read(note) for note in notes], target, schemes)
+        return replace(self, settings=replace(self.settings, scheme=usual, exceptions=exceptions))
 
     def reports(self) -> list[ModuleReport]:
         """What was done to every linear of the blocks done."""
@@ -63,14 +107,21 @@ class Pipeline:
     def digests(self) -> dict[str, str]:
         """Stored name -> hash of the numbers with which the model was judged, of all that the run changed."""
         facts = [self.work.facts(index) for index in range(self.work.done)]
-        return {name: value for block in facts for name, value in block["digests"].items()}
+        ends = {self.skeleton.place(name): digest(weight) for name, weight in self.ends.weights().items()}
+        return ends | {name: value for block in facts for name, value in block["digests"].items()}
 
     def quality(self, report: Report) -> Quality:
         """Both streams of the evaluation text, out of the last block, through the head, and compared."""
-        base, ours = (self._stream(name, self.work.total) for name in (BASE, OURS))
+        base, ours = (self._stream(name, self.blocks) for name in (BASE, OURS))
+        ends = self.ends.weights()
+
+        def judged(ids: Tensor, hidden: Tensor) -> Tensor:
+            with self.skeleton.holding(ends):
+                return self.walk.logits(ids, hidden)
+
         with self.skeleton.outside():
             pairs = (
-                (self.walk.logits(ids, one), self.walk.logits(ids, other), ids)
+                (self.walk.logits(ids, one), judged(ids, other), ids)
                 for ids, one, other in zip(torch.split(self.judged, 1), base.batches(1), ours.batches(1), strict=True)
             )
             return compare_pairs(pairs, len(self.judged), report)
@@ -79,65 +130,136 @@ class Pipeline:
         return self.fitted[:1, :TRIAL_TOKENS]
 
     def _ids(self, name: str) -> Tensor:
-        return self.fitted if name in (FITTED, TRUE) else self.judged
+        return self.judged if name in (BASE, OURS) else self.fitted
 
     def _stream(self, name: str, level: int) -> Stream:
         return Stream.open(self.work.stream(name, level), self._ids(name))
 
     def _enter(self) -> None:
         with self.skeleton.outside():
-            for name in (FITTED, BASE, OURS, *([TRUE] if self.settings.correct else [])):
-                ids = self._ids(name)
-                Stream.write(self.work.stream(name, 0), self.walk.enter(ids, at_once(ids)))
+            apart = [TRUE] if self.settings.correct else []
+            turned = self.settings.rotation is not None
+            self._begin(BASE, *([] if turned else apart))
+            with self.skeleton.holding(self.ends.weights()):
+                self._begin(FITTED, OURS, *(apart if turned else []))
+
+    def _begin(self, *names: str) -> None:
+        """The streams before the first block, from the embedding that is held now."""
+        for name in names:
+            ids = self._ids(name)
+            Stream.write(self.work.stream(name, 0), self.walk.enter(ids, at_once(ids)))
 
     def _step(self, index: int) -> None:
         """Take block `index` from reading to commit."""
         with self.skeleton.block(index) as block:
             self._advance(BASE, index)
-            twin = None
-            if self.settings.correct:
-                self._advance(TRUE, index)
-                twin = copy.deepcopy(block)
-            where = f"{self.skeleton.prefix}.{index}"
-            trial = next(self._stream(FITTED, index).batches(1))[:, :TRIAL_TOKENS].clone()
-            groups = find_groups(block, lambda: self.walk.run(index, trial), where)
-            made = quantize_block(block, where, groups, partial(self._watch, index, block, twin), self.settings)
-            if index + 1 < self.work.total:
-                self._advance(FITTED, index)
+            groups, vectors = self._prepare(block, index, FITTED)
+            plain = self._plain(block, index, groups) if self.settings.correct else {}
+            watch = partial(self._watch, FITTED, index, block, plain)
+            made = quantize_block(block, self._name(index), groups, watch, self.settings)
+            made.vectors = vectors | made.vectors | self._fit(block, index)
             self._advance(OURS, index)
-            tensors, digests = self._pack(made)
-        self.work.commit(index, tensors, {"modules": [asdict(one) for one in made.reports], "digests": digests})
+            tensors, facts = self._pack(made)
+        self.work.commit(index, tensors, facts)
+
+    def _name(self, index: int) -> str:
+        return f"{self.skeleton.prefix}.{index}"
+
+    def _prepare(self, block: nn.Module, index: int, name: str) -> tuple[list[Group], dict[str, Tensor]]:
+        """Groups of a block, and vectors of it that are now others: with a rotation it is turned. `name`: its input."""
+        where, rotation, run = self._name(index), self.settings.rotation, partial(self.walk.run, index)
+        trial = next(self._stream(name, index).batches(1))[:, :TRIAL_TOKENS].clone().to(self.skeleton.device)
+        if rotation is None:
+            return find_groups(block, lambda: run(trial), where), {}
+        trial = rotation.undone(trial)
+        groups = find_groups(block, lambda: run(trial), where)
+        dtypes = {key: self.settings.stored[f"{where}.{key}"] for key, _ in block.named_parameters()}
+        turn = partial(rotate_block, block, where, groups, rotation, run, trial)
+        return groups, {f"{where}.{key}": vector for key, vector in changed_vectors(block, turn, dtypes).items()}
+
+    def _fit(self, block: nn.Module, index: int) -> dict[str, Tensor]:
+        """Let the calibration text through the block if something follows; the scales of its cache, if wanted."""
+        if self.settings.kv_scales:
+            with watched(block, self._name(index)) as ranges:
+                self._advance(FITTED, index)
+            return kv_scales(block, self._name(index), ranges)
+        if index + 1 < self.work.total:
+            self._advance(FITTED, index)
+        return {}
+
+    def _finish(self, index: int) -> None:
+        """Quantize the output head with the statistics of what reaches it."""
+        with self._head(FITTED) as (group, watch):
+            made = quantize_block(self.skeleton.model, "", [group], lambda _: watch(), self.settings)
+            tensors, facts = self._pack(made)
+        self.work.commit(index, tensors, facts, spent=False)
+
+    @contextmanager
+    def _head(self, name: str) -> Iterator[tuple[Group, Callable[[], list[Seen]]]]:
+        """The output head, with its weight, and what it sees of the stream `name`."""
+        _, head = embedding_and_head(self.skeleton.model)
+        group = Group((head,), head)
+        with self.skeleton.outside(), self.skeleton.holding(self.ends.turned()):
+            batches = self._batches(name, self.blocks)
+            yield group, lambda: observe(self.skeleton.model, [group], batches, self.walk.behind, 0)
+
+    def _weigh(self, index: int, schemes: Mapping[int, Scheme]) -> list[Claim]:
+        """What the linears of a block would lose at each width, all before it being as they were."""
+        with self.skeleton.block(index) as block:
+            groups, _ = self._prepare(block, index, WEIGHED)
+            watch = partial(self._watch, WEIGHED, index, block, {})
+            stages = find_stages(block, groups)
+            pairs = ((group, seen) for stage in stages for group, seen in zip(stage, watch(stage), strict=True))
+            found = claims(block, self._name(index), pairs, schemes)
+            if index + 1 < self.work.total:
+                self._advance(WEIGHED, index)
+        return found
+
+    def _weigh_head(self, schemes: Mapping[int, Scheme]) -> list[Claim]:
+        """The same of the head. It reads the sum of two branches a block: its error counts as one in all of them."""
+        with self._head(WEIGHED) as (group, watch):
+            found = claims(self.skeleton.model, "", zip([group], watch(), strict=True), schemes)
+        return [claim.times(2 * self.blocks) for claim in found]
 
     def _advance(self, name: str, index: int) -> None:
         stream = self._stream(name, index)
         path = self.work.stream(name, index + 1)
         stream.mapped(path, at_once(self._ids(name)), partial(self.walk.run, index))
 
-    def _watch(self, index: int, block: nn.Module, twin: nn.Module | None, groups: Sequence[Group]) -> list[Seen]:
-        """What `groups` see on the calibration text; beside it, with a `twin`, what they would see in the base."""
+    def _plain(self, block: nn.Module, index: int, groups: Sequence[Group]) -> dict[str, Stream]:
+        """Let the calibration text through the unquantized block; what it has where errors will be looked for."""
+        paths = {name: self.work.stream(f"{TRUE}.{name}", index) for name in places(block, groups).values()}
+        paths[""] = self.work.stream(TRUE, index + 1)
+        run = partial(self.walk.run, index)
+        states = (caught(block, list(paths), (), partial(run, hidden))[0] for hidden in self._batches(TRUE, index))
+        return Stream.write_all(paths, states)
+
+    def _watch(
+        self, name: str, index: int, block: nn.Module, plain: Mapping[str, Stream], groups: Sequence[Group]
+    ) -> list[Seen]:
+        """What `groups` see of the stream `name`, and how far that is from what the unquantized model has, if known."""
         trim()
-        ours = partial(self.walk.run, index)
-        found = observe(block, groups, self._batches(FITTED, index), ours, CALL_TOKENS)
-        if twin is not None:
-            pairs = zip(self._batches(FITTED, index), self._batches(TRUE, index), strict=True)
-            cross_moments(groups, ((block, ours), (twin, partial(ours, block=twin))), pairs, found)
+        together = at_once(self._ids(name))
+        parts = {place: plain[place].batches(together) for place in places(block, groups).values() if plain}
+        states = (dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True))
+        run = partial(self.walk.run, index)
+        found = observe(block, groups, self._batches(name, index), run, CALL_TOKENS, states if parts else None)
         trim()
         return found
 
     def _batches(self, name: str, index: int) -> Iterator[Tensor]:
         return self._stream(name, index).batches(at_once(self._ids(name)))
 
-    def _pack(self, made: Made) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The block's tensors as they are stored, and the hashes of what they mean, by their stored names."""
+    def _pack(self, made: Made) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A step's tensors as they are stored; its reports, and hashes of what tensors mean by their stored names."""
         tensors: dict[str, Tensor] = {}
-        digests = {}
+        place = self.skeleton.place
         judged = {f"{name}.weight": self.skeleton.model.get_parameter(f"{name}.weight") for name in made.linears}
         for name, codes in made.linears.items():
-            linear = self.skeleton.stored[f"{name}.weight"].removesuffix(".weight")
+            linear = place(f"{name}.weight").removesuffix(".weight")
             parts = self.settings.format.pack(codes, self.settings.scheme_of(name))
             tensors |= {f"{linear}.{suffix}": part.cpu() for suffix, part in parts.items()}
         for name, vector in made.vectors.items():
-            tensors[self.skeleton.stored[name]] = vector.to("cpu", self.settings.stored[name])
-        for name, weight in (judged | made.vectors).items():
-            digests[self.skeleton.stored[name]] = digest(weight)
-        return tensors, digests
+            tensors[place(name)] = vector.to("cpu", self.settings.stored.get(name, vector.dtype))
+        digests = {place(name): digest(weight) for name, weight in (judged | made.vectors).items()}
+        return tensors, {"modules": [asdict(one) for one in made.reports], "digests": digests}

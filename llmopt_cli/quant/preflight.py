@@ -5,9 +5,10 @@ Knows headers and shapes; of the weights only whether they are finite.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -18,10 +19,12 @@ from llmopt_cli.model.stream import Store
 from llmopt_cli.output import Report
 from llmopt_cli.quant.skeleton import Skeleton
 from llmopt_cli.quant.structure import find_linears, find_routers
-from llmopt_cli.spec.checkpoint import Checkpoint
+from llmopt_cli.quant.wishes import Wishes, head_of
+from llmopt_cli.spec.checkpoint import Checkpoint, TensorHeader
 from llmopt_cli.spec.scheme import Scheme
 
 GROUP_SIZES = (128, 64, 32, 16)
+UNTOUCHED = "f32"  # the name of the precision that holds every stored number as it is
 STREAMS = 2  # of each, while a block's input and output both lie on the disk
 
 
@@ -30,16 +33,21 @@ class Layout:
     """The linears to quantize, name in the tree -> (outputs, inputs); `stored` says what each is called in the files.
 
     `left` are the linears that stay as they are, by their names in the files; `hidden` the width between blocks.
+    `fixed` is what the files decide about stored tensors, `ends` the part of that outside the blocks, by the names in
+    the tree. `added` are tensors, but for linears to quantize, that the base does not have, by their stored names.
     """
 
     linears: Mapping[str, tuple[int, int]]
     stored: Mapping[str, str]
     left: tuple[str, ...]
     hidden: int
+    fixed: Mapping[str, Scheme]
+    ends: Mapping[str, Scheme]
+    added: Mapping[str, TensorHeader]
 
     @classmethod
-    def of(cls, skeleton: Skeleton) -> Layout:
-        """ModelError if a block holds weights that would be left out."""
+    def of(cls, skeleton: Skeleton, fixed: Mapping[str, Scheme], wishes: Wishes) -> Layout:
+        """ModelError if a block holds weights that would be left out, or a wish can't be fulfilled."""
         linears: dict[str, tuple[int, int]] = {}
         routers: list[str] = []
         for index, block in enumerate(skeleton.blocks):
@@ -47,18 +55,41 @@ class Layout:
             found = find_linears(block, where)
             linears |= {f"{where}.{name}": (one.out_features, one.in_features) for name, one in found.items()}
             routers += [f"{where}.{name}" for name in find_routers(block)]
+        if wishes.head:
+            linears |= head_of(skeleton, wishes)
         stored = {
             name: skeleton.stored.get(f"{name}.weight", name).removesuffix(".weight")
             for name, module in skeleton.model.named_modules()
             if isinstance(module, nn.Linear) or name in routers
         }
         left = tuple(place for name, place in stored.items() if name not in linears)
-        return cls(linears, stored, left, skeleton.model.config.get_text_config().hidden_size)
+        ends = {
+            name: fixed[place]
+            for name, place in skeleton.stored.items()
+            if place in fixed and fixed[place].name != UNTOUCHED and name.removesuffix(".weight") not in linears
+        }
+        hidden = skeleton.model.config.get_text_config().hidden_size
+        return cls(linears, stored, left, hidden, fixed, ends, wishes.added(skeleton))
 
     @property
     def weights(self) -> int:
         """Weights to quantize."""
         return sum(rows * columns for rows, columns in self.linears.values())
+
+    @property
+    def exceptions(self) -> dict[str, Scheme]:
+        """What the files decide about the linears, by their names in the tree."""
+        places = {name: f"{self.stored[name]}.weight" for name in self.linears}
+        return {name: self.fixed[place] for name, place in places.items() if place in self.fixed}
+
+    def on_average(self, scheme: Scheme, exceptions: Mapping[str, Scheme]) -> Scheme:
+        """`scheme` with the bits a weight that linears have on average where some are of another one."""
+        if not exceptions:
+            return scheme
+        bits = sum(
+            math.prod(shape) * exceptions.get(name, scheme).bits_per_weight for name, shape in self.linears.items()
+        )
+        return replace(scheme, extra_bits=scheme.extra_bits + bits / self.weights - scheme.bits_per_weight)
 
 
 def refuse_not_quantizable(checkpoint: Checkpoint) -> Checkpoint:
@@ -106,9 +137,13 @@ def stream_bytes(layout: Layout, tokens: int) -> int:
 
 def output_bytes(layout: Layout, scheme: Scheme, checkpoint: Checkpoint) -> int:
     """Bytes of the tensors that will be written, nearly: the format may round up to whole words."""
-    places = {f"{layout.stored[name]}.weight" for name in layout.linears}
-    kept = sum(header.nbytes for name, header in checkpoint.tensors.items() if name not in places)
-    return kept + round(layout.weights * scheme.bits_per_weight / 8)
+    fixed = {f"{layout.stored[name]}.weight": scheme for name in layout.linears} | dict(layout.fixed)
+    bits = sum(
+        math.prod(header.shape) * fixed[name].bits_per_weight if name in fixed else 8 * header.nbytes
+        for name, header in (dict(checkpoint.tensors) | dict(layout.added)).items()
+    )
+    own = [name for name in layout.linears if f"{layout.stored[name]}.weight" not in checkpoint.tensors]
+    return round((bits + sum(math.prod(layout.linears[name]) for name in own) * scheme.bits_per_weight) / 8)
 
 
 def refuse_full_disk(folder: Path, layout: Layout, scheme: Scheme, checkpoint: Checkpoint, tokens: int) -> None:

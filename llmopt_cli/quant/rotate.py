@@ -10,7 +10,7 @@ is the same function; norms that subtract a mean, or that stand after what they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from llmopt_cli.quant.structure import Group
 
 Run = Callable[[Tensor], Tensor]  # hidden states [B, L, hidden] -> those after the block
 TOLERANCE = 1e-4  # of the largest output
+ROWS = 4096  # of a matrix are in float64 at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,10 @@ class Rotation:
     def make(cls, hidden: int, seed: int, device: torch.device | None = None) -> Rotation:
         """The rotation of a residual stream of `hidden` channels."""
         return cls(orthogonal(hidden, seed).to(device), seed)
+
+    def undone(self, hidden: Tensor) -> Tensor:
+        """Rotated hidden states float32 [..., hidden] as they were."""
+        return hidden @ self.residual.T.to(hidden.device, hidden.dtype)
 
     def of_heads(self, width: int) -> Tensor:
         """R2 [width, width]."""
@@ -89,18 +94,29 @@ def fold_gain(norm: nn.Module, readers: Sequence[nn.Module], turn: Tensor) -> No
     gain: Any = norm.weight
     for reader in readers:
         weight: Any = reader.weight
-        weight.copy_((weight.double() * gain.double()) @ turn)
+        for rows in torch.split(weight, ROWS):
+            rows.copy_((rows.double() * gain.double()) @ turn)
     gain.fill_(1)
 
 
 def rotate_embedding(embedding: Tensor, rotation: Rotation) -> None:
     """Turn rows of the embedding [vocabulary, hidden] in place."""
-    embedding.copy_(embedding.double() @ rotation.residual)
+    for rows in torch.split(embedding, ROWS):
+        rows.copy_(rows.double() @ rotation.residual)
 
 
-def untied_bytes(embedding: Tensor, element_size: int) -> int:
-    """What a head of its own adds to the file: rotated, it is no longer the embedding, which has no gain folded in."""
-    return embedding.numel() * element_size
+@torch.inference_mode()
+def changed_vectors(
+    block: nn.Module, change: Callable[[], None], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
+    """Gains and biases of `block` that `change` changes, rounded in place to what they are stored as."""
+    before = {name: value.clone() for name, value in block.named_parameters() if value.ndim == 1}
+    change()
+    after: dict[str, Tensor] = {name: block.get_parameter(name) for name in before}
+    changed = {name: value for name, value in after.items() if not torch.equal(value, before[name])}
+    for name, value in changed.items():
+        value.copy_(value.to(dtypes[name]))
+    return changed
 
 
 def _readers(groups: Sequence[Group], width: int) -> dict[str, list[str]]:

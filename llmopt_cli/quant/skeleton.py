@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
@@ -73,6 +73,36 @@ class Skeleton:
         inside = f"{self.prefix}."
         with self._filled([name for name, _ in self.model.named_parameters() if not name.startswith(inside)]):
             yield
+
+    @contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other weights in their places for a while, by their names in the tree.
+
+        What is tied to one of them follows it, unless it is named itself.
+        """
+        holders = {id(self.model.get_parameter(name)): slots for name, slots in _holders(self.model).items()}
+        replaced = {name: self.model.get_parameter(name) for name in weights}
+        held = {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()}
+        try:
+            for name, old in replaced.items():
+                _put(holders[id(old)], held[name])
+            for name, weight in held.items():
+                path, _, leaf = name.rpartition(".")
+                _put([(self.model.get_submodule(path), leaf)], weight)
+            yield
+        finally:
+            for old in replaced.values():
+                _put(holders[id(old)], old)
+
+    def place(self, name: str) -> str:
+        """What a parameter or a module of the tree is called in the files; what they lack keeps its name."""
+        if name in self.stored:
+            return self.stored[name]
+        inside = (known for known in self.stored if known.startswith(f"{name}."))
+        tails = ((known.removeprefix(name), self.stored[known]) for known in inside)
+        found = next((stored.removesuffix(tail) for tail, stored in tails if stored.endswith(tail)), None)
+        parent, dot, leaf = name.rpartition(".")
+        return found or (f"{self.place(parent)}.{leaf}" if dot else name)
 
     def read(self, name: str) -> Tensor:
         """A weight of the tree in float32, on the device."""

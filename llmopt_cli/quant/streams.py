@@ -6,8 +6,8 @@ Knows files; neither models nor what the numbers mean.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -53,12 +53,20 @@ class Stream:
     @classmethod
     def write(cls, path: Path, batches: Iterable[Tensor]) -> Stream:
         """Write batches [B, L, H] one after the other; the file appears when it is whole."""
-        count, length, width = 0, 0, 0
-        with replacing(path) as file:
+        return cls.write_all({"": path}, ({"": batch} for batch in batches))[""]
+
+    @classmethod
+    def write_all(cls, paths: Mapping[str, Path], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Stream]:
+        """The same for several streams, of which every batch has a part."""
+        shapes = dict.fromkeys(paths, (0, 0, 0))
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(replacing(path)) for name, path in paths.items()}
             for batch in batches:
-                file.write(batch.detach().to("cpu", torch.float32).contiguous().numpy().data)
-                count, length, width = count + batch.shape[0], batch.shape[1], batch.shape[2]
-        return cls(path, (count, length, width))
+                for name, file in files.items():
+                    part = batch[name]
+                    file.write(part.detach().to("cpu", torch.float32).contiguous().numpy().data)
+                    shapes[name] = (shapes[name][0] + part.shape[0], part.shape[1], part.shape[2])
+        return {name: cls(path, shapes[name]) for name, path in paths.items()}
 
     def batches(self, windows: int) -> Iterator[Tensor]:
         """The states, `windows` windows at a time, mapped from the file."""

@@ -45,11 +45,16 @@ class Producer:
 
 @dataclass(frozen=True)
 class Group:
-    """Linears of a block that read one tensor; `parent` is the smallest module that holds them all."""
+    """Linears of a block that read one tensor; `parent` is the smallest module that holds them all.
+
+    If a lone linear's output is added to the residual stream, `sum` is the norm that reads it first, or `` where the
+    block puts it out.
+    """
 
     linears: tuple[str, ...]
     parent: str
     producer: Producer | None = None
+    sum: str | None = None
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
@@ -91,6 +96,12 @@ def find_routers(block: nn.Module) -> set[str]:
     return found
 
 
+def of_expert(block: nn.Module, linear: str) -> bool:
+    """Whether a linear belongs to an expert, which sees some tokens only."""
+    within = itertools.accumulate(linear.split("."), lambda path, part: f"{path}.{part}")
+    return any(isinstance(block.get_submodule(name), Experts) for name in within)
+
+
 def find_stages(block: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
     """Groups that can be observed in one run, in order: the same linears of all experts, else one group by itself."""
     holders = [name for name, module in block.named_modules() if isinstance(module, Experts)]
@@ -120,8 +131,47 @@ def find_groups(block: nn.Module, run: Run, where: str) -> list[Group]:
         norms = [name for name, output in writes if id(output) == source]
         candidates = _candidates(block, group, norms, [name for name, _ in reads])
         producer = next((one for one in candidates if _keeps_output(block, group, one, run)), None)
-        found.append(replace(group, producer=producer))
+        found.append(replace(group, producer=producer, sum=_find_sum(block, group, run)))
     return found
+
+
+def _find_sum(block: nn.Module, group: Group, run: Run) -> str | None:
+    """Where a change of a lone linear's output first arrives as it is: a random one is tried out."""
+    if len(group.linears) > 1 or of_expert(block, group.linears[0]):
+        return None
+    linear = block.get_submodule(group.linears[0])
+    before = _arrivals(block, linear, run, None)
+    random = torch.Generator().manual_seed(0)
+    change = torch.randn(before[""].shape, generator=random).to(before[""]) * before[""].abs().mean()
+    if before.pop("output").shape != change.shape:
+        return None
+    after = _arrivals(block, linear, run, change)
+    same = (name for name, one in before.items() if one.shape == change.shape and _equal(after[name] - one, change))
+    return next(same, None)
+
+
+def _arrivals(block: nn.Module, linear: nn.Module, run: Run, change: Tensor | None) -> dict[str, Tensor]:
+    """What norms read, by their names, in running order, and the block's output; `output` is the linear's own."""
+    found: dict[str, Tensor] = {}
+
+    def answer(_: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        found["output"] = output
+        return output if change is None else output + change
+
+    hooks = [linear.register_forward_hook(answer)]
+    for name, module in block.named_modules():
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 1:
+            hooks.append(
+                module.register_forward_pre_hook(lambda _, args, name=name: found.__setitem__(name, args[0].clone()))
+            )
+    found[""] = run()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).norm() < TOLERANCE * other.norm())
 
 
 def fold(block: nn.Module, producer: Producer, scale: Tensor, stored: torch.dtype) -> Tensor:

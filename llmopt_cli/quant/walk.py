@@ -7,7 +7,8 @@ to run blocks and collect statistics; neither structure nor quantization.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from llmopt_cli.errors import ModelError
 from llmopt_cli.quant.skeleton import Skeleton
-from llmopt_cli.quant.structure import Group
+from llmopt_cli.quant.structure import Group, of_expert
 
 BATCH_TOKENS = 512
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]  # of every block, but for the hidden states
@@ -90,11 +91,11 @@ class Walk:
             raise ModelError("the blocks are given more than hidden states that depends on the tokens: can't be walked")
 
     @torch.inference_mode()
-    def run(self, index: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
-        """The output [B, L, H] of block number `index` (or of `block` in its place), which must hold its weights."""
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """The output [B, L, H] of block number `index`, which must hold its weights."""
         args, kwargs = self._arguments[hidden.shape[0], hidden.shape[1]][index]
         hidden = hidden.to(self.skeleton.device)
-        return first_output((block or self.skeleton.blocks[index])(hidden, *args, **kwargs))
+        return first_output(self.skeleton.blocks[index](hidden, *args, **kwargs))
 
     @torch.inference_mode()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -104,6 +105,10 @@ class Walk:
         with _standing_in([_pass_over(self._wrap)] * (len(blocks) - 1) + [lambda *_, **__: last], blocks):
             logits: Tensor = self._forward(ids).logits
         return logits
+
+    def behind(self, hidden: Tensor) -> Tensor:
+        """Logits [B, L, V] behind the last block's `hidden` [B, L, H], whatever the tokens. Needs the outside."""
+        return self.logits(torch.zeros(hidden.shape[:2], dtype=torch.long), hidden)
 
     def _forward(self, ids: Tensor) -> Any:
         return self.skeleton.model(input_ids=ids.to(self.skeleton.device), use_cache=False)
@@ -164,8 +169,9 @@ class Call:
 class Seen:
     """What the readers of one tensor saw. `gram` [in, in] is the mean of x x^T; `mean_abs`, `max_abs` [in] are of |x|.
 
-    `calls` are some calls of their parent, enough to compare its outputs. `cross` [in, in] is the mean of
-    (x' - x) x^T where x' is what they would have seen in the unquantized model, if that runs alongside.
+    `calls` are some calls of their parent, enough to compare its outputs. `cross` is the mean of (y' - y) x^T, if it is
+    known that the unquantized model has y' in the place of y. That is x itself, and `cross` [in, in]; but [out, in] for
+    a group with a `sum`, which y is then.
     """
 
     gram: Tensor
@@ -175,14 +181,18 @@ class Seen:
     calls: list[Call] = field(default_factory=list)
     cross: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
-        """Count inputs [..., in]; until `close`, sums stand where means will be."""
+    def add(self, x: Tensor, missing: Tensor | None = None) -> None:
+        """Count inputs [..., in] and y' - y of them; until `close`, sums stand where means will be."""
         rows = x.reshape(-1, x.shape[-1])
         if len(rows):
             self.gram.addmm_(rows.T, rows)
             self.mean_abs.add_(rows.abs().sum(0))
             torch.maximum(self.max_abs, rows.abs().amax(0), out=self.max_abs)
         self.tokens += len(rows)
+        if missing is not None:
+            owed = missing.reshape(-1, missing.shape[-1])
+            self.cross = rows.new_zeros(owed.shape[1], rows.shape[1]) if self.cross is None else self.cross
+            self.cross.addmm_(owed.T, rows)
 
     def close(self) -> None:
         """Turn sums into means."""
@@ -201,80 +211,75 @@ def observe(
     batches: Iterator[Tensor],
     run: Callable[[Tensor], Tensor],
     tokens: int,
+    plain: Iterable[Mapping[str, Tensor]] | None = None,
 ) -> list[Seen]:
     """Run batches through `block`, as far as the linears of `groups` go, and gather what each group sees.
 
-    Calls of a group's parent are kept until they hold `tokens` tokens.
+    Calls of a group's parent are kept until they hold `tokens` tokens. `plain` is what the unquantized model has where
+    errors are looked for, batch by batch, by the names of those `places`.
     """
     found = [_empty(block, group) for group in groups]
-    for hidden in batches:
-        parents = [
-            group.parent if _compared(group) and sum(_tokens(call) for call in seen.calls) < tokens else None
+    compared = {} if plain is None else places(block, groups)
+    readers = list(dict.fromkeys([group.linears[0] for group in groups] + list(compared.values())))
+    for hidden, wanted in zip(batches, itertools.repeat({}) if plain is None else plain, strict=False):
+        parents = {
+            group.parent
             for group, seen in zip(groups, found, strict=True)
-        ]
-        for seen, (x, call) in zip(found, _caught(block, groups, parents, partial(run, hidden)), strict=True):
-            seen.add(x)
-            if call is not None:
-                seen.calls.append(call)
+            if _compared(group) and sum(_tokens(call) for call in seen.calls) < tokens
+        }
+        inputs, calls = caught(block, readers, parents, partial(run, hidden))
+        for group, seen in zip(groups, found, strict=True):
+            place = compared.get(group)
+            seen.add(inputs[group.linears[0]], None if place is None else wanted[place] - inputs[place])
+            if group.parent in calls:
+                seen.calls.append(calls[group.parent])
     for seen in found:
         seen.close()
     return found
 
 
-@torch.inference_mode()
-def cross_moments(
-    groups: Sequence[Group],
-    runs: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]],
-    batches: Iterator[tuple[Tensor, Tensor]],
-    found: Sequence[Seen],
-) -> None:
-    """Set `cross` of what was seen: `runs` and each of `batches` are those of the quantized and of the plain model."""
-    none = [None] * len(groups)
-    for pair in batches:
-        ours, plain = (
-            _caught(block, groups, none, partial(run, hidden)) for (block, run), hidden in zip(runs, pair, strict=True)
-        )
-        for seen, (x, _), (true, _) in zip(found, ours, plain, strict=True):
-            rows, wanted = (part.reshape(-1, part.shape[-1]) for part in (x, true))
-            if rows.shape == wanted.shape:  # an expert may be sent other tokens by the two
-                seen.cross = torch.zeros_like(seen.gram) if seen.cross is None else seen.cross
-                seen.cross.addmm_((wanted - rows).T, rows, alpha=1 / max(1, seen.tokens))
+def places(block: nn.Module, groups: Sequence[Group]) -> dict[Group, str]:
+    """The module on whose input the errors before each group are seen, `` being what follows the block.
+
+    Groups of experts have none: the unquantized model may send them other tokens.
+    """
+    return {
+        group: group.linears[0] if group.sum is None else group.sum
+        for group in groups
+        if not of_expert(block, group.linears[0])
+    }
 
 
-def _caught(
-    block: nn.Module, groups: Sequence[Group], parents: Sequence[str | None], run: Callable[[], Any]
-) -> list[tuple[Tensor, Call | None]]:
-    """What the first linear of each group reads in one run, and the call of its parent if one is asked for."""
-    inputs: dict[int, Tensor] = {}
-    calls: dict[int, Call] = {}
-    wanted = {index for index, parent in enumerate(parents) if parent is not None}
+def caught(
+    block: nn.Module, readers: Sequence[str], parents: Collection[str], run: Callable[[], Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Call]]:
+    """What the modules `readers` read in one run (`` is the block's own output), and the calls of `parents`."""
+    inputs: dict[str, Tensor] = {}
+    calls: dict[str, Call] = {}
 
-    def reader(index: int) -> Callable[..., None]:
+    def reader(name: str) -> Callable[..., None]:
         def catch(_: nn.Module, args: tuple[Tensor]) -> None:
-            inputs[index] = args[0]
-            if len(inputs) == len(groups) and not wanted:
+            inputs[name] = args[0]
+            if len(inputs) == len(readers) and not parents:
                 raise _EnoughError
 
         return catch
 
-    def parent(index: int) -> Callable[..., None]:
+    def parent(name: str) -> Callable[..., None]:
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            calls[index] = Call(args, kwargs, first_output(output))
+            calls[name] = Call(args, kwargs, first_output(output))
 
         return catch
 
-    hooks = [block.get_submodule(one.linears[0]).register_forward_pre_hook(reader(i)) for i, one in enumerate(groups)]
-    hooks += [
-        block.get_submodule(str(parents[index])).register_forward_hook(parent(index), with_kwargs=True)
-        for index in wanted
-    ]
+    hooks = [block.get_submodule(name).register_forward_pre_hook(reader(name)) for name in readers if name]
+    hooks += [block.get_submodule(name).register_forward_hook(parent(name), with_kwargs=True) for name in parents]
     try:
         with contextlib.suppress(_EnoughError):
-            run()
+            inputs[""] = run()
     finally:
         for hook in hooks:
             hook.remove()
-    return [(inputs[index], calls.get(index)) for index in range(len(groups))]
+    return inputs, calls
 
 
 def _empty(block: nn.Module, group: Group) -> Seen:

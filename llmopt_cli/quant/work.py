@@ -1,7 +1,8 @@
 """The folder DIR.partial in which a run grows: resumable at every moment, and renamed to DIR when all is well.
 
-A block is done when its `blocks/N.json` is there: weights and streams were flushed before it. What does not belong to
-the last block done is left over from an interrupted step and is made again. Knows files; nothing of what they hold.
+A step, for each block one, is done when its `blocks/N.json` is there: weights and streams were flushed before it. What
+does not belong to the last step done is left over from an interrupted one and is made again. Knows files; nothing of
+what they hold.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def fingerprint(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> dict[str
 
 
 class Work:
-    """What is there of a run of `total` blocks towards `target`."""
+    """What is there of a run of `total` steps towards `target`."""
 
     def __init__(self, target: Path, total: int) -> None:
         self.target = target
@@ -48,32 +49,64 @@ class Work:
 
     @property
     def done(self) -> int:
-        """Blocks that need not be made again: those before the first that has no `N.json`."""
+        """Steps that need not be made again: those before the first that has no `N.json`."""
         return next(index for index in range(self.total + 1) if not self._facts(index).is_file())
 
     def stream(self, name: str, level: int) -> Path:
         """Where the hidden states before block `level` lie."""
         return self.folder / "streams" / f"{name}-{level:04}"
 
-    def commit(self, index: int, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Block `index` is done; the streams behind it are there already, those before it go."""
-        file = self.weights(index)
+    def commit(self, index: int, tensors: dict[str, Tensor], facts: Mapping[str, Any], spent: bool = True) -> None:
+        """Step `index` is done; the streams behind it are there already, those before it go if they are `spent`."""
+        self.keep(self.weights(index), tensors)
+        with replacing(self._facts(index)) as stream:
+            stream.write(json.dumps(facts).encode())
+        if spent:
+            self._forget("*", index)
+
+    def note(self, name: str, level: int, facts: Any) -> None:
+        """Keep what stream `name` taught before block `level`. That part of it goes: what lies behind is there."""
+        with replacing(self._note(name, level)) as stream:
+            stream.write(json.dumps(facts).encode())
+        self._forget(name, level)
+
+    def noted(self, name: str, level: int) -> Any:
+        """What was kept so, or None."""
+        return _read(self._note(name, level))
+
+    def _note(self, name: str, level: int) -> Path:
+        return self.folder / "blocks" / f"{name}-{level:04}.json"
+
+    def _forget(self, name: str, level: int) -> None:
+        path = self.stream(name, level)
+        for old in path.parent.glob(path.name):
+            old.unlink()
+
+    def keep(self, file: Path, tensors: dict[str, Tensor]) -> None:
+        """Write tensors to a file that is there whole or not at all."""
         rough = file.with_suffix(".tmp")
         save_file(tensors, rough)
         with rough.open("rb") as written:
             os.fsync(written.fileno())
         rough.replace(file)
-        with replacing(self._facts(index)) as stream:
-            stream.write(json.dumps(facts).encode())
-        for old in self.stream("*", 0).parent.glob(f"*-{index:04}"):
-            old.unlink()
+        settle(file.parent)
 
     def weights(self, index: int) -> Path:
-        """The file with what became of block `index`."""
+        """The file with what became of step `index`."""
         return self.folder / "blocks" / f"{index:04}.safetensors"
 
+    @property
+    def ends(self) -> Path:
+        """The file with what became of the embedding and the head, if anything did."""
+        return self.folder / "blocks" / "ends.safetensors"
+
+    @property
+    def made(self) -> list[Path]:
+        """All files with what became of the model."""
+        return [file for file in (self.ends, *map(self.weights, range(self.total))) if file.exists()]
+
     def facts(self, index: int) -> dict[str, Any]:
-        """What was said about block `index` when it was done."""
+        """What was said about step `index` when it was done."""
         found: dict[str, Any] = json.loads(self._facts(index).read_text(encoding="utf-8"))
         return found
 
@@ -127,7 +160,7 @@ def working(target: Path, total: int, wanted: Mapping[str, Any], overwrite: bool
 
 
 def _progress(work: Work) -> str:
-    return f"{work.done} of {work.total} blocks are done and kept in `{work.folder}`"
+    return f"{work.done} of {work.total} steps are done and kept in `{work.folder}`"
 
 
 def _prepare(work: Work, wanted: Mapping[str, Any], overwrite: bool) -> None:

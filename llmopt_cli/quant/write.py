@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,9 @@ def stored_dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
 def write_model(folder: Path, checkpoint: Checkpoint, made: Iterable[Path], config: Mapping[str, Any]) -> None:
     """Write weights, config and what lies beside them.
 
-    `made` are the files of the blocks: their tensors take the place of those of `checkpoint` that bear the same name,
-    or the same but for `.weight`. `config` is what config.json says other than that of `checkpoint`.
+    `made` are the files of the steps: their tensors take the place of those of `checkpoint` that bear the same name,
+    or the same but for `.weight`; those that take no place come last. `config` is what config.json says other than
+    that of `checkpoint`.
     """
     document = dict(checkpoint.config) | dict(config)
     (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -92,30 +93,33 @@ def copy_companions(folder: Path, checkpoint: Checkpoint) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def verify(folder: Path, checkpoint: Checkpoint, digests: Mapping[str, str]) -> Checkpoint:
+def verify(
+    folder: Path, checkpoint: Checkpoint, digests: Mapping[str, str], same: Callable[[Tensor, Tensor], bool]
+) -> Checkpoint:
     """Read `folder` back: weights must be those that were judged, by their `digests`; the rest those of `checkpoint`.
 
-    Raises CheckpointError at the first difference.
+    `same` says when a tensor of the rest is. Raises CheckpointError at the first difference.
     """
     written = Checkpoint.open(folder)
     with Store(written) as store, Store(checkpoint) as base:
-        for name in store.names:
+        for name in dict.fromkeys([*store.names, *digests]):
             if name in digests:
-                same = digest(store.get(name)) == digests[name]
+                equal = digest(store.get(name)) == digests[name]
             else:
-                same = name in checkpoint.tensors and _same_bytes(store.read(name), base.read(name))
-            if not same:
+                equal = name in checkpoint.tensors and same(store.read(name), base.read(name))
+            if not equal:
                 raise CheckpointError(f"`{name}` reads back from `{folder}` other than it was judged", "check the disk")
     return written
 
 
-def _same_bytes(one: Tensor, other: Tensor) -> bool:
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same byte for byte."""
     return one.dtype == other.dtype and torch.equal(*(part.reshape(-1).view(torch.uint8) for part in (one, other)))
 
 
 def _tensors(checkpoint: Checkpoint, made: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """The new checkpoint's tensors, in the base's order."""
-    new: dict[str, list[tuple[str, TensorHeader]]] = {}
+    """The new checkpoint's tensors, in the base's order; then those that it lacks."""
+    new: dict[str | None, list[tuple[str, TensorHeader]]] = {}
     for file in made:
         for name, header in read_header(file).items():
             new.setdefault(_replaced_by(name, checkpoint.tensors), []).append((name, header))
@@ -130,15 +134,15 @@ def _tensors(checkpoint: Checkpoint, made: Iterable[Path]) -> Iterator[tuple[str
 
         for name, header in checkpoint.tensors.items():
             yield from ((part, read(part, source)) for part, source in new.get(name, [(name, header)]))
+        yield from ((part, read(part, source)) for part, source in new.get(None, []))
 
 
-def _replaced_by(part: str, tensors: Mapping[str, TensorHeader]) -> str:
+def _replaced_by(part: str, tensors: Mapping[str, TensorHeader]) -> str | None:
     """The tensor that `part` replaces: of its name, or a weight of which it is a part (`X.qweight` of `X.weight`)."""
     name = part
-    while name not in tensors and f"{name}.weight" not in tensors:
-        name, dot, _ = name.rpartition(".")
-        assert dot, f"{part} belongs to no tensor of the checkpoint"
-    return name if name in tensors else f"{name}.weight"
+    while name and name not in tensors and f"{name}.weight" not in tensors:
+        name = name.rpartition(".")[0]
+    return None if not name else name if name in tensors else f"{name}.weight"
 
 
 def write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:

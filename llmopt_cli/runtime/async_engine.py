@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+import sys
 import threading
 import time
+import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self
 
 from llmopt_cli.errors import LlmoptError, ServerError, UsageError
 from llmopt_cli.runtime.engine import Engine
-from llmopt_cli.runtime.grammar import Constraint
 from llmopt_cli.runtime.request import RequestOutput, SamplingParams
+from llmopt_cli.runtime.stats import EngineStats
+
+STALL_SECONDS = 120.0  # A step may prefill a thousand tokens of a large model on a CPU; longer than this is a hang.
+LOG = logging.getLogger("llmopt")
 
 
 @dataclass
@@ -52,10 +59,15 @@ class _Mailbox:
 
 
 class AsyncEngine:
-    """`async with AsyncEngine(engine) as async_engine:` runs the engine while the block lasts."""
+    """`async with AsyncEngine(engine) as async_engine:` runs the engine while the block lasts.
 
-    def __init__(self, engine: Engine) -> None:
+    A watchdog looks whether requests get on: `stalled` says if none did for `stall_seconds`, `num_stalls` how often.
+    """
+
+    def __init__(self, engine: Engine, stall_seconds: float = STALL_SECONDS) -> None:
         self.engine = engine
+        self.stall_seconds = stall_seconds
+        self.num_stalls = 0
         self.failure: BaseException | None = None
         self._mailboxes: dict[str, _Mailbox] = {}
         self._commands: list[Callable[[], object]] = []
@@ -70,10 +82,12 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name="llmopt-engine", daemon=True)
         self._thread.start()
+        self._watchdog = self._loop.create_task(self._watch())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         assert self._thread is not None
+        self._watchdog.cancel()
         self.stop()
         await asyncio.to_thread(self._thread.join)
 
@@ -85,12 +99,39 @@ class AsyncEngine:
         self._deliver([])
 
     @property
-    def seconds_without_progress(self) -> float:
-        """How long ago the engine last finished a step or was idle."""
-        return time.monotonic() - self._last_progress if self.engine.has_work() else 0.0
+    def stalled(self) -> str | None:
+        """Why nobody can expect an answer now, though requests wait for one; None while they get on."""
+        waited = time.monotonic() - self._last_progress if self.engine.has_work() else 0.0
+        return f"requests are running, but no step finished for {waited:.0f} s" if waited > self.stall_seconds else None
+
+    def stats(self) -> EngineStats:
+        """The engine's, and what the watchdog saw."""
+        return replace(self.engine.stats(), stalled=int(self.stalled is not None), num_stalls=self.num_stalls)
+
+    async def _watch(self) -> None:
+        """Log once for each stall, with the place where the engine's thread hangs."""
+        stalled = None
+        while True:
+            await asyncio.sleep(self.stall_seconds / 4)
+            before, stalled = stalled, self.stalled
+            if stalled and not before:
+                self.num_stalls += 1
+                LOG.error("the engine is stalled: %s; its thread is at\n%s", stalled, self._place())
+            elif before and not stalled:
+                LOG.warning("the engine goes on")
+
+    def _place(self) -> str:
+        """Where the engine's thread is."""
+        assert self._thread is not None
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame else "no place: it has ended"
 
     async def stream(
-        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        twin: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield outputs as they come, the last with a finish reason. Closing the iterator aborts the request.
 
@@ -106,7 +147,8 @@ class AsyncEngine:
         except BaseException:
             del self._mailboxes[request_id]
             raise
-        self._send(lambda: self._add(mailbox, prompt_ids, params, request_id, constraint))
+        add = partial(self.engine.add_request, prompt_ids, params, request_id, constraint, twin)
+        self._send(lambda: self._add(mailbox, add))
         finished = False
         try:
             while not finished:
@@ -126,18 +168,11 @@ class AsyncEngine:
             self._commands.append(command)
             self._wake.notify()
 
-    def _add(
-        self,
-        mailbox: _Mailbox,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        request_id: str,
-        constraint: Constraint | None,
-    ) -> None:
+    def _add(self, mailbox: _Mailbox, add: Callable[[], object]) -> None:
         """On the thread: a refusal is the business of one reader, not the end of the engine."""
         assert self._loop is not None
         try:
-            self.engine.add_request(prompt_ids, params, request_id, constraint)
+            add()
         except LlmoptError as refusal:
             self._loop.call_soon_threadsafe(mailbox.refuse, refusal)
 
@@ -151,11 +186,14 @@ class AsyncEngine:
                     commands, self._commands = self._commands, []
                     if self._stopping:
                         break
-                self._last_progress = time.monotonic()
+                if not self.engine.has_work():
+                    self._last_progress = time.monotonic()
                 for command in commands:
                     command()
+                ran = self.engine.num_steps
                 outputs = self.engine.step()
-                self._last_progress = time.monotonic()
+                if outputs or self.engine.num_steps > ran:
+                    self._last_progress = time.monotonic()
                 self._hand_over(outputs)
         except BaseException as error:  # noqa: BLE001  whatever kills the thread must reach every reader
             self.failure = error

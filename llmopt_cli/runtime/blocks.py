@@ -81,6 +81,10 @@ class BlockPool:
             else:
                 self._empty.append(block)
 
+    def is_shared(self, block: int) -> bool:
+        """Whether the block has several holders."""
+        return self._holders[block] > 1
+
     def is_idle(self, block: int) -> bool:
         """Whether the block is free although its content is known."""
         return block in self._idle

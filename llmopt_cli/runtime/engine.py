@@ -15,21 +15,21 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
-import torch
-from torch import Tensor
-
 from llmopt_cli.errors import CapacityError, UsageError
 from llmopt_cli.model.attention import paged_layers
-from llmopt_cli.model.load import LoadedModel, load_model
+from llmopt_cli.model.load import LoadedModel, context_limit, load_model, pick_device, pick_dtype, read_config
 from llmopt_cli.output import Report
+from llmopt_cli.runtime.answers import Answers
 from llmopt_cli.runtime.blocks import BlockPool
+from llmopt_cli.runtime.budget import share_out
 from llmopt_cli.runtime.grammar import Constraint, GrammarCompiler
 from llmopt_cli.runtime.journal import Journal
-from llmopt_cli.runtime.kv_cache import cache_dtype, hang_cache, release_cache, size_cache
-from llmopt_cli.runtime.live import Live, next_tokens
+from llmopt_cli.runtime.kv_cache import cache_dtype, check_layers, copy_blocks, hang_cache, needs_of, release_cache
+from llmopt_cli.runtime.kv_scales import read_scales
+from llmopt_cli.runtime.probe import free_memory, total_memory
 from llmopt_cli.runtime.request import Request, RequestOutput, SamplingParams
 from llmopt_cli.runtime.runner import ModelRunner
-from llmopt_cli.runtime.scheduler import Chunk, SchedulerState, schedule
+from llmopt_cli.runtime.scheduler import SchedulerState, schedule
 from llmopt_cli.runtime.stats import EngineStats
 from llmopt_cli.runtime.tokenizer import Tokenizer
 from llmopt_cli.spec.checkpoint import Checkpoint
@@ -47,30 +47,29 @@ class Engine:
         batching: Batching,
         kv_cache_dtype: str = "auto",
     ) -> None:
-        spec = checkpoint.spec
         self.checkpoint, self.tokenizer = checkpoint, tokenizer
         self.dtype, self.device = loaded.dtype, loaded.device
-        self.max_model_len = batching.max_model_len or spec.max_context
-        if self.max_model_len > spec.max_context:
-            raise UsageError(
-                f"--max-model-len {self.max_model_len} is above the model's own limit of {spec.max_context:,} tokens",
-                "give at most that, or leave the flag out",
-            )
-        self.batching = replace(batching, max_model_len=self.max_model_len)
+        self.batching = _with_length(batching, context_limit(checkpoint))
+        self.max_model_len = self.batching.max_model_len or 0
         self.kv_dtype = cache_dtype(kv_cache_dtype, loaded.dtype)
-        self.cache_size = size_cache(spec, batching, self.max_model_len, self.kv_dtype, loaded.device)
+        needs = needs_of(checkpoint, self.batching, loaded.dtype, self.kv_dtype, loaded.weight_bytes)
         self._layers = paged_layers(loaded.model)
-        hang_cache(self._layers, self.cache_size, self.kv_dtype, loaded.device)
+        check_layers(self._layers, needs, self.kv_dtype)
+        scales = read_scales(checkpoint, self.kv_dtype)
+        self.memory = share_out(needs, free_memory(loaded.device), total_memory(loaded.device))
+        self.cache_size = self.memory.cache
+        hang_cache(self._layers, self.cache_size, self.kv_dtype, loaded.device, scales)
         self._loaded = loaded
-        self._runner = ModelRunner(loaded, batching.block_size)
+        self._runner = ModelRunner(loaded, batching.block_size, batching.deterministic)
         share = batching.enable_prefix_caching
         self._state = SchedulerState(self.batching, BlockPool(self.cache_size.num_blocks), share_prefixes=share)
         self._seed = os.urandom(16)  # so that nobody can make up prompts whose hashes meet
-        self._live: dict[str, Live] = {}
+        self._answers = Answers(self._state, tokenizer, self.max_model_len)
         self._journal: Journal | None = None
         self._compiler: GrammarCompiler | None = None
         self._compiling = Lock()
         self._ids = itertools.count()
+        self.num_steps = 0
         self._preemptions = self._prompt_tokens = self._generation_tokens = self._queries = self._hits = 0
 
     @classmethod
@@ -88,9 +87,15 @@ class Engine:
         """Load `model` (a folder, a hub id, `demo`) and size its cache."""
         checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
         tokenizer = Tokenizer(checkpoint, trust_remote_code)
-        cache_dtype(kv_cache_dtype, torch.float32)  # a wrong name is told before the weights are read
+        batching = batching or Batching()
+        # What is wrong or does not fit is told before the weights are read.
+        place = pick_device(device)
+        kind = pick_dtype(dtype, read_config(checkpoint, trust_remote_code), place)
+        kv_dtype = cache_dtype(kv_cache_dtype, kind)
+        needs = needs_of(checkpoint, _with_length(batching, context_limit(checkpoint)), kind, kv_dtype)
+        share_out(needs, free_memory(place) - needs.weights, total_memory(place))
         loaded = load_model(checkpoint, dtype, device, trust_remote_code, report)
-        return cls(checkpoint, loaded, tokenizer, batching or Batching(), kv_cache_dtype)
+        return cls(checkpoint, loaded, tokenizer, batching, kv_cache_dtype)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, trust_remote_code: bool = False, report: Report | None = None) -> Self:
@@ -167,15 +172,17 @@ class Engine:
         params: SamplingParams,
         request_id: str | None = None,
         constraint: Constraint | None = None,
+        twin: str | None = None,
     ) -> str:
         """Queue a request; returns its id. Raises what `check` and `compile` raise.
 
-        `constraint` is what `compile` made of it, if that was done already.
+        `constraint` is what `compile` made of it, if that was done already. `twin` is a request queued before with the
+        same prompt, which is then computed once, and its blocks are shared.
         """
         self.check(prompt_ids, params)
         constraint = constraint or self.compile(params)
         request_id = request_id or f"request-{next(self._ids)}"
-        if request_id in self._live:
+        if request_id in self._answers.live:
             raise UsageError(f"request id `{request_id}` is already running")
         salt = hashlib.blake2b(params.cache_salt.encode(), key=self._seed, digest_size=16).digest()
         deadline = None if params.max_seconds is None else time.monotonic() + params.max_seconds
@@ -187,11 +194,9 @@ class Engine:
             salt=salt,
             priority=params.priority,
             deadline=deadline,
+            twin=twin,
         )
-        self._live[request_id] = Live.start(request, self.tokenizer, self.max_model_len, constraint)
-        self._state.add(request)
-        if self._journal:
-            self._journal.add(request)
+        self._answers.start(request, constraint)
         self._prompt_tokens += len(prompt_ids)
         return request_id
 
@@ -202,34 +207,33 @@ class Engine:
         if self._journal and (plan.chunks or plan.expired):
             self._journal.plan(self._state.now, plan)
         self._preemptions += len(plan.preempted)
-        late = [self._live.pop(request_id).fail("its time was up") for request_id in plan.expired]
+        late = self._answers.end_late(plan.expired)
         if not plan.chunks:
             return late
         try:
-            logits = self._runner.run(plan.chunks, {key: live.request for key, live in self._live.items()})
+            # Of those that run alone: the queue behind them may be long.
+            requests = {chunk.request_id: self._answers.request(chunk.request_id) for chunk in plan.chunks}
+            copy_blocks(self._layers, plan.copies, self.cache_size.block_size)
+            logits = self._runner.run(plan.chunks, requests)
         except BaseException:
             self.abort_all()  # the plan counts tokens as computed that never were: nobody may go on from there
             raise
-        ready, logits = self._score_prompts(plan.chunks, logits)
-        outputs = next_tokens(ready, logits)
-        for live, output in zip(ready, outputs, strict=True):
-            self._count(live, output)
+        self.num_steps += 1
+        outputs = self._answers.take(plan.chunks, logits)
+        for output in outputs:
+            self._count(output)
+            self._answers.end(output)
         if any(output.finished for output in outputs):
-            self._state.running = [r for r in self._state.running if r.request_id in self._live]
+            self._state.running = [r for r in self._state.running if r.finish_reason is None]
         return late + outputs
 
     def abort(self, request_id: str) -> None:
         """Drop a request wherever it is; an unknown id is one that already ended."""
-        live = self._live.pop(request_id, None)
-        if live is None:
-            return
-        self._state.drop(live.request)
-        if self._journal:
-            self._journal.drop(request_id)
+        self._answers.drop(request_id)
 
     def has_work(self) -> bool:
         """Whether any request is running or waiting."""
-        return bool(self._live)
+        return bool(self._answers.live)
 
     def stats(self) -> EngineStats:
         """The load now and the totals since start."""
@@ -253,11 +257,8 @@ class Engine:
             "model": self.checkpoint.name,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
-            "weights_bytes": self._loaded.weight_bytes,
             "kv_cache_dtype": str(self.kv_dtype).removeprefix("torch."),
-            "kv_cache_bytes": self.cache_size.nbytes,
-            "kv_cache_tokens": self.cache_size.num_tokens,
-            "block_size": self.cache_size.block_size,
+            **self.memory.record(),
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.batching.max_num_seqs,
             "max_num_batched_tokens": self.batching.max_num_batched_tokens,
@@ -272,9 +273,10 @@ class Engine:
 
     def record(self, path: Path) -> None:
         """Log what the scheduler is given and what it plans from now on, for `replay`. Only while nothing runs."""
-        assert not self._live, "a log begins with an empty engine"
+        assert not self._answers.live, "a log begins with an empty engine"
         self.reset_prefix_cache()
         self._journal = Journal.open(path, self._state)
+        self._answers.record(self._journal)
 
     def check_integrity(self) -> None:
         """Assert the invariants of scheduler and blocks; meant for idle moments and tests."""
@@ -282,7 +284,7 @@ class Engine:
 
     def abort_all(self) -> None:
         """Drop every request."""
-        for request_id in list(self._live):
+        for request_id in list(self._answers.live):
             self.abort(request_id)
 
     def close(self) -> None:
@@ -292,39 +294,26 @@ class Engine:
             self._journal.close()
         release_cache(self._layers)
 
-    def _score_prompts(self, chunks: Sequence[Chunk], logits: Tensor) -> tuple[list[Live], Tensor]:
-        """Take out the rows that score prompts; returns the requests that sample, and their rows."""
-        ready: list[Live] = []
-        rows: list[int] = []
-        row = 0
-        for chunk in chunks:
-            live = self._live[chunk.request_id]
-            if chunk.scored:
-                live.score(chunk.start, logits[row : row + chunk.length])
-            row += chunk.num_logits
-            if chunk.samples:
-                ready.append(live)
-                rows.append(row - 1)
-        return ready, logits[rows] if len(rows) < len(logits) else logits
-
-    def _count(self, live: Live, output: RequestOutput) -> None:
-        """Keep the totals, and let a request go that has ended."""
-        request = live.request
+    def _count(self, output: RequestOutput) -> None:
+        """Keep the totals."""
         self._generation_tokens += output.num_new_tokens
-        if len(output.token_ids) <= 1:
-            self._queries += request.num_prompt if self.batching.enable_prefix_caching else 0
-            self._hits += request.num_hit or 0
-        if self._journal and not output.error:
-            self._journal.take(request.request_id, request.token_ids[-1], output.finished)
-        elif self._journal:
-            self._journal.drop(request.request_id)
-        if output.finished:
-            # What a failure computed is not to be found by others.
-            (self._state.release if output.error else self._state.finish)(request)
-            del self._live[request.request_id]
+        if len(output.token_ids) <= 1 or output.beams:
+            self._queries += output.num_prompt_tokens if self.batching.enable_prefix_caching else 0
+            self._hits += output.num_cached_tokens
 
     def _at_limit(self) -> bool:
-        return self.max_model_len >= self.checkpoint.spec.max_context
+        return self.max_model_len >= context_limit(self.checkpoint)
+
+
+def _with_length(batching: Batching, limit: int) -> Batching:
+    """`batching` with the longest request it means; UsageError if the model can't do it."""
+    length = batching.max_model_len or limit
+    if length > limit:
+        raise UsageError(
+            f"--max-model-len {length} is above the model's own limit of {limit:,} tokens",
+            "give at most that, or leave the flag out",
+        )
+    return replace(batching, max_model_len=length)
 
 
 def _refuse_foreign(recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,7 +48,12 @@ class Journal:
             salt=request.salt.hex(),
             priority=request.priority,
             deadline=request.deadline,
+            twin=request.twin,
         )
+
+    def move(self, event: str, request_id: str, parent: str | None) -> None:
+        """A request was parked (`park`), resumed (`resume`) or forked from its parent (`fork`)."""
+        self._line(event, id=request_id, parent=parent)
 
     def plan(self, now: float, plan: Plan) -> None:
         """A step was planned."""
@@ -150,8 +155,17 @@ def _apply(state: SchedulerState, live: dict[str, Request], event: Mapping[str, 
             salt=bytes.fromhex(event["salt"]),
             priority=event["priority"],
             deadline=event["deadline"],
+            twin=event.get("twin"),
         )
         state.add(live[name])
+    elif event["event"] == "fork":
+        parent = live[event["parent"]]
+        live.setdefault(name, replace(parent, request_id=name, token_ids=list(parent.token_ids), blocks=[], keys=[]))
+        state.fork(parent, live[name])
+    elif event["event"] == "park":
+        state.park(live[name])
+    elif event["event"] == "resume":
+        state.resume(live[name])
     elif event["event"] == "take":
         live[name].token_ids.append(event["token"])
         if event["finished"]:

@@ -1,17 +1,16 @@
-"""The paged KV cache: how many blocks fit, and the tensors hung on each attention layer."""
+"""The paged KV cache: its dtype, and the tensors hung on each attention layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from llmopt_cli.errors import CapacityError, ModelError, UnknownNameError
-from llmopt_cli.estimate.memory import kv_block_bytes
 from llmopt_cli.model.attention import PagedLayer
-from llmopt_cli.runtime.probe import free_memory
-from llmopt_cli.spec.model import ModelSpec
+from llmopt_cli.runtime.budget import CacheSize, Needs, mib
+from llmopt_cli.runtime.kv_scales import LayerScales
+from llmopt_cli.spec.checkpoint import Checkpoint
 from llmopt_cli.spec.recipe import Batching
 from llmopt_kernels import QUANTIZED, Pages
 
@@ -22,7 +21,6 @@ DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-KV_SHARE_OF_FREE = 0.9  # the rest is for activations and for whoever else allocates
 
 
 def cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
@@ -34,79 +32,75 @@ def cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
     return DTYPES[name]
 
 
-@dataclass(frozen=True)
-class CacheSize:
-    """How large the cache is: blocks of `block_size` tokens, `block_bytes` each over all layers."""
-
-    num_blocks: int
-    block_size: int
-    block_bytes: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that fit."""
-        return self.num_blocks * self.block_size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all blocks."""
-        return self.num_blocks * self.block_bytes
+def needs_of(
+    checkpoint: Checkpoint, batching: Batching, dtype: torch.dtype, kv_dtype: torch.dtype, weights: int | None = None
+) -> Needs:
+    """What a checkpoint needs to run; without `weights` those bytes are what its file headers say."""
+    stored = checkpoint.tensors.values()
+    return Needs(
+        name=checkpoint.name,
+        spec=checkpoint.spec,
+        batching=batching,
+        weights=sum(one.held(dtype.itemsize) for one in stored) if weights is None else weights,
+        value_bytes=dtype.itemsize,
+        kv_bytes=kv_dtype.itemsize,
+        kv_scale_bytes=SCALE_BYTES if kv_dtype in QUANTIZED else 0,
+        quantized=checkpoint.quantization is not None,
+    )
 
 
-def size_cache(
-    spec: ModelSpec, batching: Batching, max_model_len: int, dtype: torch.dtype, device: torch.device
-) -> CacheSize:
-    """The cache for `batching`: the bytes asked for, else what full-length requests can use of what is free.
-
-    Raises CapacityError if not even one request of full length fits.
-    """
-    block_bytes = kv_block_bytes(spec, batching.block_size, dtype.itemsize)
-    if dtype in QUANTIZED:
-        heads = spec.num_heads if spec.latent else spec.num_kv_heads  # a latent is kept expanded here
-        block_bytes += batching.block_size * spec.num_layers * heads * 2 * SCALE_BYTES
-    blocks_per_request = -(-max_model_len // batching.block_size)
-    if batching.kv_cache_memory_bytes is not None:
-        num_blocks = batching.kv_cache_memory_bytes // block_bytes
-    else:
-        affordable = int(free_memory(device) * KV_SHARE_OF_FREE) // block_bytes
-        num_blocks = min(affordable, blocks_per_request * batching.max_num_seqs)
-    if num_blocks < blocks_per_request:
-        raise CapacityError(
-            f"the KV cache would hold {num_blocks * batching.block_size:,} tokens, less than one request of "
-            f"{max_model_len:,} ({blocks_per_request * block_bytes / 2**20:,.1f} MiB)",
-            (f"lower `--max-model-len` to {num_blocks * batching.block_size}, or " if num_blocks else "")
-            + "give more with `--kv-cache-memory-bytes`",
-        )
-    return CacheSize(num_blocks, batching.block_size, block_bytes)
-
-
-def hang_cache(layers: Sequence[PagedLayer], size: CacheSize, dtype: torch.dtype, device: torch.device) -> None:
-    """Allocate keys and values for every layer: (slots, KV heads, head size). Exactly `size.nbytes` in all.
-
-    Raises ModelError if the layers need another number of bytes than config.json says, CapacityError if there are not
-    as many; no layer holds a tensor then.
-    """
-    slots = size.num_tokens
+def check_layers(layers: Sequence[PagedLayer], needs: Needs, dtype: torch.dtype) -> None:
+    """Raise ModelError if the layers cache another number of bytes for a token than config.json says."""
+    scales = 2 * needs.kv_scale_bytes
     seen = [layer.seen for layer in layers if layer.seen is not None]
     assert len(seen) == len(layers), "layers are probed when the model is loaded"
-    scales = 2 * SCALE_BYTES if dtype in QUANTIZED else 0
     token = sum(facts.kv_heads * (dtype.itemsize * (facts.head_dim + facts.value_dim) + scales) for facts in seen)
-    needed = slots * token
-    if needed != size.nbytes:
+    needed, said = needs.batching.block_size * token, needs.block_bytes
+    if needed != said:
         raise ModelError(
-            f"the layers' keys and values take {needed:,} bytes where config.json makes {size.nbytes:,}; "
+            f"the layers' keys and values take {needed:,} bytes a block where config.json makes {said:,}; "
             "layers of several shapes are not supported"
         )
+
+
+def hang_cache(
+    layers: Sequence[PagedLayer],
+    size: CacheSize,
+    dtype: torch.dtype,
+    device: torch.device,
+    scales: Sequence[LayerScales] | None = None,
+) -> None:
+    """Allocate keys and values for every layer: (slots, KV heads, head size). Exactly `size.nbytes` in all.
+
+    `scales` are those of a calibrated cache, one pair a layer. Raises CapacityError if there are not as many bytes; no
+    layer holds a tensor then.
+    """
+    slots = size.num_tokens
     try:
-        for layer, facts in zip(layers, seen, strict=True):
-            layer.k = Pages.empty(slots, facts.kv_heads, facts.head_dim, dtype, device)
-            layer.v = Pages.empty(slots, facts.kv_heads, facts.value_dim, dtype, device)
+        for number, layer in enumerate(layers):
+            facts = layer.seen
+            assert facts is not None, "layers are probed when the model is loaded"
+            key, value = scales[number] if scales else (None, None)
+            layer.k = Pages.empty(slots, facts.kv_heads, facts.head_dim, dtype, device, key)
+            layer.v = Pages.empty(slots, facts.kv_heads, facts.value_dim, dtype, device, value)
     except RuntimeError as error:  # out of memory: on a CPU torch has no narrower class for it
         release_cache(layers)
         raise CapacityError(
-            f"{device} has no {size.nbytes / 2**20:,.1f} MiB left for the KV cache",
+            f"{device} has no {mib(size.nbytes)} left for the KV cache",
             "give less with `--kv-cache-memory-bytes`, or lower `--max-model-len`",
         ) from error
+
+
+def copy_blocks(layers: Sequence[PagedLayer], copies: Sequence[tuple[int, int]], block_size: int) -> None:
+    """Copy blocks of the cache, each pair's first to its second, one pair after the other."""
+    for source, target in copies:
+        old, new = (slice(block * block_size, (block + 1) * block_size) for block in (source, target))
+        for layer in layers:
+            for pages in (layer.k, layer.v):
+                assert pages is not None, "the cache is hung on the layers before the first step"
+                pages.values[new] = pages.values[old]
+                if pages.scales is not None:
+                    pages.scales[new] = pages.scales[old]
 
 
 def release_cache(layers: Sequence[PagedLayer]) -> None:

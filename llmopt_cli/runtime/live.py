@@ -15,11 +15,16 @@ from torch import Tensor
 
 from llmopt_cli.runtime.grammar import Constraint
 from llmopt_cli.runtime.logits import NEVER, History, shape
-from llmopt_cli.runtime.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
+from llmopt_cli.runtime.request import (
+    NOT_NUMBERS,
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
 from llmopt_cli.runtime.sampler import sample, top_logprobs
 from llmopt_cli.runtime.tokenizer import TextStream, Tokenizer
-
-NOT_NUMBERS = "the model's logits are not finite numbers"
 
 
 @dataclass(slots=True)
@@ -35,6 +40,10 @@ class Live:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     shown: int = 0  # characters already handed out
+    shapes_logits: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shapes_logits = self.params.shapes_logits or self.constraint is not None
 
     @classmethod
     def start(
@@ -56,7 +65,8 @@ class Live:
     def take(self, token: int) -> RequestOutput:
         """One more token: text, end, output."""
         self.request.token_ids.append(token)
-        self.history.add(token)
+        if self.shapes_logits:  # nobody else asks what came
+            self.history.add(token)
         complete = self.constraint is not None and self.constraint.accept(token)
         self.request.finish_reason = self._reason_to_stop(token) or (FinishReason.STOP if complete else None)
         return self.output(1)
@@ -88,7 +98,7 @@ class Live:
             request_id=request.request_id,
             text=text,
             delta=delta,
-            token_ids=tuple(request.output_ids),
+            token_ids=tuple(request.token_ids[request.num_prompt :]),
             num_new_tokens=num_new_tokens,
             num_prompt_tokens=request.num_prompt,
             finish_reason=request.finish_reason,
@@ -125,18 +135,22 @@ def next_tokens(ready: Sequence[Live], logits: Tensor) -> list[RequestOutput]:
         counts = [params[row].logprobs or 0 for row in wanted]
         for row, found in zip(wanted, top_logprobs(raw[wanted], [tokens[row] for row in wanted], counts), strict=True):
             ready[row].logprobs.append(found)
-    for row, fine in enumerate(raw.amax(-1).isfinite().tolist()):  # the maximum of a row that holds a NaN is NaN
-        if not fine:
-            wrong[row] = NOT_NUMBERS
+    for row in broken(raw):
+        wrong[row] = NOT_NUMBERS
     return [
         live.fail(wrong[row]) if row in wrong else live.take(token)
         for row, (live, token) in enumerate(zip(ready, tokens, strict=True))
     ]
 
 
+def broken(logits: Tensor) -> list[int]:
+    """The rows that hold no number to choose by: the maximum of a row with a NaN is NaN."""
+    return [row for row, fine in enumerate(logits.amax(-1).isfinite().tolist()) if not fine]
+
+
 def _shaped(ready: Sequence[Live], logits: Tensor) -> tuple[Tensor, dict[int, str]]:
     """The logits after bias, penalties and grammars, and what went wrong in which row."""
-    rows = [row for row, live in enumerate(ready) if live.params.shapes_logits or live.constraint]
+    rows = [row for row, live in enumerate(ready) if live.shapes_logits]
     if not rows:
         return logits, {}
     part = logits[rows]

@@ -1,4 +1,4 @@
-"""What this machine has: free memory of a device. The only place that asks."""
+"""What this machine has: memory of a device, all and free. The only place that asks."""
 
 from __future__ import annotations
 
@@ -37,6 +37,22 @@ def free_memory(device: torch.device) -> int:
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     return available_ram()
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that `device` has, in use or not."""
+    if device.type == "cuda":
+        total: int = torch.cuda.mem_get_info(device)[1]
+        return total
+    return installed_ram()
+
+
+def installed_ram(root: Path = Path("/")) -> int:
+    """What Linux says is installed, or a container's limit if that is less; 4 GiB where neither is told."""
+    known = [_number(root / "sys/fs/cgroup" / group.limit) for group in CONTROL_GROUPS]
+    machine = _field(root / "proc/meminfo", "MemTotal:")
+    known.append(machine * 1024 if machine is not None else None)
+    return min((limit for limit in known if limit is not None), default=UNKNOWN)
 
 
 def available_ram(root: Path = Path("/")) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Literal
 
 from llmopt_cli.errors import UsageError
 
 INFINITE = 2**63
+NOT_NUMBERS = "the model's logits are not finite numbers"
+TIME_UP = "its time was up"
 RANGES: dict[str, tuple[float, float]] = {
     "max_tokens": (1, INFINITE),
     "temperature": (0, 100),
@@ -19,7 +22,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_seconds": (0, INFINITE),
     "logprobs": (0, 100),
     "prompt_logprobs": (0, 100),
+    "beams": (0, 128),
+    "length_penalty": (-10, 10),
 }
+# What says how to draw or shape tokens, or what to tell of them: nothing of it has a meaning for beams.
+NOT_WITH_BEAMS = (
+    *("top_k", "top_p", "min_p", "typical_p", "seed", "stop", "min_tokens", "grammar", "logprobs", "prompt_logprobs"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids"),
+)
 
 
 class FinishReason(StrEnum):
@@ -55,6 +65,9 @@ class SamplingParams:
 
     With a `grammar`, only tokens come that can still lead to what it describes. Where priorities count, a lower
     `priority` is served first; after `max_seconds` the request fails as it is.
+
+    With `beams`, the answer is no draw: it is the likeliest sequence among those that so many beams find, where a
+    sequence's score is the sum of its log-probabilities divided by its number of tokens to the `length_penalty`.
     """
 
     max_tokens: int = 128
@@ -79,6 +92,8 @@ class SamplingParams:
     priority: int = 0
     max_seconds: float | None = None
     grammar: Grammar | None = None
+    beams: int = 0
+    length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
@@ -101,6 +116,22 @@ class SamplingParams:
         for fine, message in checks:
             if not fine:
                 raise UsageError(message)
+        if self.beams:
+            self._check_beams()
+
+    def _check_beams(self) -> None:
+        defaults = {one.name: one.default for one in fields(self)}
+        if wrong := [name for name in NOT_WITH_BEAMS if getattr(self, name) != defaults[name]]:
+            raise UsageError(f"{wrong[0]} can't be combined with beam search")
+        if self.temperature not in (0, 1):
+            raise UsageError(f"temperature must be 0 or 1 with beam search, not {self.temperature}")
+
+    def child(self, index: int) -> SamplingParams:
+        """The parameters of one of several answers to a prompt: the first has the seed, each other one of its own."""
+        if self.seed is None or not index:
+            return self
+        digest = hashlib.blake2b(f"{self.seed}/{index}".encode(), digest_size=8).digest()
+        return replace(self, seed=int.from_bytes(digest))
 
     @property
     def shapes_logits(self) -> bool:
@@ -134,6 +165,7 @@ class Request:
     `keys` are the chained hashes of its full blocks, as far as they were needed; the first `num_published` blocks can
     be shared. `num_hit` tokens were found in the cache when it was first admitted. Another `salt` shares nothing.
     A lower `priority` value comes first; at its `deadline`, in seconds of the scheduler's time, it ends as it is.
+    The request `twin` has the same prompt: while it is computed for that one, this one waits.
     """
 
     request_id: str
@@ -152,6 +184,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     arrival: int = 0
+    twin: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -175,13 +208,23 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One sequence that a beam search found. `score` is what they are ranked by."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    score: float
+    finish_reason: FinishReason
+
+
+@dataclass(slots=True)  # one is made for every token: a frozen one takes three times as long to make
 class RequestOutput:
     """What a request has produced so far. `text` and `token_ids` are cumulative, `delta` is the new text.
 
     `num_new_tokens` counts the tokens that this output adds. Token ids include the stop token, the text does not.
     Of the prompt `num_cached_tokens` were found in the cache; `cache_miss` says why no more were. `logprobs` are those
     of all tokens so far, if asked for; `prompt_logprobs` those of the prompt after its first token. `error` is what
-    went wrong with a request that ended by it.
+    went wrong with a request that ended by it. A beam search has one output, its last, with all `beams`, best first.
     """
 
     request_id: str
@@ -196,6 +239,7 @@ class RequestOutput:
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    beams: tuple[Hypothesis, ...] = ()
 
     @property
     def finished(self) -> bool:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from llmopt_cli.errors import ModelError
 from llmopt_cli.model.load import LoadedModel
 from llmopt_cli.runtime.request import Request
 from llmopt_cli.runtime.scheduler import Chunk
-from llmopt_kernels import PagedBatch, Span
+from llmopt_kernels import PagedBatch, Rowwise, Span
 
 
 class ModelRunner:
-    """Drives a loaded model whose layers hold their cache. Knows nothing of sampling or text."""
+    """Drives a loaded model whose layers hold their cache. Knows nothing of sampling or text.
 
-    def __init__(self, loaded: LoadedModel, block_size: int) -> None:
+    `deterministic`: the logits of a request do not depend on what else runs; ModelError if the model has no such way.
+    """
+
+    def __init__(self, loaded: LoadedModel, block_size: int, deterministic: bool = False) -> None:
         self._loaded = loaded
         self._block_size = block_size
+        self._mode: Rowwise | nullcontext[None] = Rowwise() if deterministic else nullcontext()
+        if deterministic:
+            self._try_rowwise()
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], requests: Mapping[str, Request]) -> Tensor:
@@ -40,13 +48,33 @@ class ModelRunner:
         context = self._loaded.context
         context.batch = batch
         try:
-            out = self._loaded.model(
-                input_ids=torch.tensor([tokens], device=device),
-                position_ids=batch.positions[None],
-                use_cache=False,
-                logits_to_keep=torch.tensor(last, device=device, dtype=torch.long),
-            )
+            with self._mode:
+                out = self._loaded.model(
+                    input_ids=torch.tensor([tokens], device=device),
+                    position_ids=batch.positions[None],
+                    use_cache=False,
+                    logits_to_keep=torch.tensor(last, device=device, dtype=torch.long),
+                )
         finally:
             context.batch = None
-        logits: Tensor = out.logits[0].float()
-        return logits
+        return _wide(out.logits[0])
+
+    @torch.inference_mode()
+    def _try_rowwise(self) -> None:
+        """Run two tokens, so that what has no way to be computed row by row is found before the first request."""
+        model, device = self._loaded.model, self._loaded.device
+        if hasattr(model.config, "_experts_implementation"):
+            model.set_experts_implementation("eager")  # grouped products are chosen by how many tokens an expert has
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        try:
+            with self._mode:
+                model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"this model can't run deterministically: {error}", "leave out `--deterministic`"
+            ) from None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Logits in float32: what is drawn from them is not to depend on the model's dtype."""
+    return logits.float()

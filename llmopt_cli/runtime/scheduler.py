@@ -8,6 +8,7 @@ handed and knows no clock, randomness, tensors or I/O.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llmopt_cli.runtime.request import Request
 from llmopt_cli.runtime.state import SchedulerState
@@ -18,8 +19,7 @@ __all__ = ["Chunk", "Plan", "SchedulerState", "has_seat", "schedule"]
 SCORED_ROWS = 256  # of logits for prompts in one step: more would be a spike of the vocabulary's size times the budget
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """`length` tokens of a request from position `start`; `samples` if they reach its last known token.
 
     `scored` if the logits of all of them are wanted.
@@ -39,11 +39,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: what runs, in the order in which it is packed, who had to give up its blocks, who came too late."""
+    """One step: what runs, in the order in which it is packed, who had to give up its blocks, who came too late.
+
+    Before it runs, the first block of each of the `copies` is copied to the second, one after the other.
+    """
 
     chunks: tuple[Chunk, ...]
     preempted: tuple[str, ...] = ()
     expired: tuple[str, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
 
 
 def schedule(state: SchedulerState) -> Plan:
@@ -55,6 +59,7 @@ def schedule(state: SchedulerState) -> Plan:
     left = _Left(state.limits, state.limits.max_num_batched_tokens, alone=len(state.running) + len(state.waiting) == 1)
     chunks: list[Chunk] = []
     preempted: list[str] = []
+    copies: list[tuple[int, int]] = []
     state.filling = state.filling or not state.running
     for request in state.running:
         state.publish(request)
@@ -62,12 +67,14 @@ def schedule(state: SchedulerState) -> Plan:
     for request in list(state.running):
         length = left.share(request)
         if request.blocks and length and _make_room(state, request, length, preempted, planned):
+            if state.shares_tail(request):
+                copies.append(state.split_tail(request))
             chunks.append(left.spend(request, length))
             planned.add(request.request_id)
     if not preempted:
         state.relax()
         chunks += _admit(state, left)
-    return Plan(tuple(chunks), tuple(preempted), tuple(request.request_id for request in expired))
+    return Plan(tuple(chunks), tuple(preempted), tuple(request.request_id for request in expired), tuple(copies))
 
 
 @dataclass
@@ -110,6 +117,8 @@ def _admit(state: SchedulerState, left: _Left) -> list[Chunk]:
         request = state.waiting[0]
         spare = state.blocks.num_free - state.expected_growth()
         if state.stuck[0] == request.request_id and spare < state.stuck[1]:
+            if state.reclaim():
+                continue
             break  # nothing is looked up again before it can help
         found = state.find_prefix(request)
         if len(passed) < state.limits.max_num_seqs and _is_coming(state, request, len(found)):
@@ -119,6 +128,8 @@ def _admit(state: SchedulerState, left: _Left) -> list[Chunk]:
         needed = missing + sum(map(state.blocks.is_idle, found))
         if needed > spare:
             state.stuck = (request.request_id, needed)
+            if state.reclaim():
+                continue
             break
         if not left.share(request):
             break  # the rows of logits are spent
@@ -140,7 +151,9 @@ def has_seat(state: SchedulerState) -> bool:
 
 
 def _is_coming(state: SchedulerState, request: Request, found: int) -> bool:
-    """Whether a running request is computing the first block of the prompt that `request` lacks."""
+    """Whether a running request is computing the prompt of `request`, or the first block of it that `request` lacks."""
+    if request.twin and any(r.request_id == request.twin and r.num_tokens == r.num_prompt for r in state.running):
+        return True
     if not state.share_prefixes or request.is_scored or found >= (request.num_tokens - 1) // state.limits.block_size:
         return False
     key = request.keys[found]
@@ -182,7 +195,9 @@ def _make_room(state: SchedulerState, request: Request, length: int, preempted: 
     Those whose tokens are `planned` already keep their blocks.
     """
     missing = state.blocks_for(request.num_cached + length) - len(request.blocks)
-    while missing > state.blocks.num_free:
+    while missing + state.shares_tail(request) > state.blocks.num_free:
+        if state.reclaim():
+            continue
         victim = state.preempt(planned)
         preempted.append(victim.request_id)
         if victim is request:

@@ -38,13 +38,15 @@ class SchedulerState:
 
     `expected` is the share of the tokens they may still generate that running requests are expected to. `stuck` is the
     request that had to wait for blocks and how many must be free for it; `filling` says that a static batch is not
-    complete yet.
+    complete yet. Those `parked` have nothing to run until others are where they are; their blocks are kept for them as
+    long as nobody else needs any.
     """
 
     limits: Batching
     blocks: BlockPool
     waiting: deque[Request] = field(default_factory=deque)
     running: list[Request] = field(default_factory=list)
+    parked: list[Request] = field(default_factory=list)
     share_prefixes: bool = False
     chain: Chain = chain
     now: float = 0.0
@@ -58,8 +60,7 @@ class SchedulerState:
         """Queue a new request: behind those of its priority and better ones, or at the end."""
         self.arrivals += 1
         request.arrival = self.arrivals
-        if request.deadline is not None:
-            heapq.heappush(self.deadlines, (request.deadline, request.arrival, request))
+        self._watch(request)
         if self.limits.scheduling_policy == "priority":
             insort(self.waiting, request, key=_rank)
         else:
@@ -68,16 +69,22 @@ class SchedulerState:
     def drop(self, request: Request) -> None:
         """Take a request out, wherever it is; what its last plan computed is not to be shared."""
         self.release(request)
-        for queue in (self.running, self.waiting):
+        for queue in (self.running, self.waiting, self.parked):
             if request in queue:
                 queue.remove(request)
+
+    def _watch(self, request: Request) -> None:
+        """Let it end at its deadline."""
+        if request.deadline is not None:
+            self.arrivals += 1  # no two alike: requests themselves can't be compared
+            heapq.heappush(self.deadlines, (request.deadline, self.arrivals, request))
 
     def pop_expired(self) -> list[Request]:
         """Take out the requests whose deadline has come."""
         expired = []
         while self.deadlines and self.deadlines[0][0] <= self.now:
             request = heapq.heappop(self.deadlines)[2]
-            if request in self.running or request in self.waiting:
+            if request in self.running or request in self.waiting or request in self.parked:
                 self.drop(request)
                 expired.append(request)
         return expired
@@ -94,13 +101,64 @@ class SchedulerState:
         generated = sum(r.num_tokens - r.num_prompt + HEADROOM for r in self.running)
         self.expected = min(1.0, generated / sum(_longest_answer(r) for r in self.running))
         self.running.remove(victim)
-        self.release(victim)
-        victim.num_computed = victim.num_cached = 0
-        if by_priority:
-            insort(self.waiting, victim, key=_rank)
-        else:
-            self.waiting.appendleft(victim)
+        self._return(victim)
         return victim
+
+    def _return(self, request: Request) -> None:
+        """Queue one that was admitted before, without its blocks: it comes first, and is computed again."""
+        self.release(request)
+        request.num_computed = request.num_cached = 0
+        if self.limits.scheduling_policy == "priority":
+            insort(self.waiting, request, key=_rank)
+        else:
+            self.waiting.appendleft(request)
+
+    def fork(self, parent: Request, child: Request) -> bool:
+        """Let `child`, of the same tokens, go on from where `parent` is: it holds the same blocks and runs.
+
+        Where there is no seat or not enough room, it is or stays queued, and returns False. It may wait already.
+        """
+        queued = child in self.waiting
+        if not queued:
+            child.arrival = parent.arrival
+            self._watch(child)
+        if not parent.blocks or not self._has_seat() or self.blocks.num_free <= self.expected_growth():
+            if not queued:
+                self._return(child)
+            return False
+        if queued:
+            self.waiting.remove(child)
+        for block in parent.blocks:
+            self.blocks.hold(block)
+        child.blocks, child.keys = list(parent.blocks), list(parent.keys)
+        child.num_computed, child.num_cached = parent.num_computed, parent.num_cached
+        child.num_published, child.num_hit = parent.num_published, parent.num_computed if self.share_prefixes else 0
+        self.running.append(child)
+        return True
+
+    def park(self, request: Request) -> None:
+        """Take a running request that has nothing to run out of the batch."""
+        self.running.remove(request)
+        self.parked.append(request)
+
+    def resume(self, request: Request) -> None:
+        """Let one that was parked go on; it may have lost its blocks, and its seat."""
+        self.parked.remove(request)
+        if request.blocks and self._has_seat():
+            self.running.append(request)
+        else:
+            self._return(request)
+
+    def reclaim(self) -> bool:
+        """Take the blocks of those parked; False if there are none."""
+        held = [request for request in self.parked if request.blocks]
+        for request in held:
+            self.release(request)
+            request.num_computed = request.num_cached = 0
+        return bool(held)
+
+    def _has_seat(self) -> bool:
+        return len(self.running) < (1 if self.limits.batching_mode == "none" else self.limits.max_num_seqs)
 
     def relax(self, steps: int = 1) -> None:
         """So many steps went by in which nobody had to be preempted: expect a little less of those who run."""
@@ -118,6 +176,19 @@ class SchedulerState:
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens`."""
         return -(-num_tokens // self.limits.block_size)
+
+    def shares_tail(self, request: Request) -> bool:
+        """Whether the next token of a request would be written into a block that others hold as well."""
+        index, offset = divmod(request.num_cached, self.limits.block_size)
+        return offset > 0 and self.blocks.is_shared(request.blocks[index])
+
+    def split_tail(self, request: Request) -> tuple[int, int]:
+        """Give a request a block of its own for its tail; returns the block to copy and the one to copy to."""
+        index = request.num_cached // self.limits.block_size
+        shared = request.blocks[index]
+        [request.blocks[index]] = self.blocks.allocate(1)
+        self.blocks.release([shared])
+        return shared, request.blocks[index]
 
     def release(self, request: Request) -> None:
         """Take a request's blocks away."""
@@ -173,12 +244,11 @@ class SchedulerState:
 
     def check_integrity(self) -> None:
         """Assert that no block leaked, no request is in two places, and no request holds too few blocks."""
-        self.blocks.check_integrity(request.blocks for request in self.running)
+        holders = [*self.running, *self.parked]
+        self.blocks.check_integrity(request.blocks for request in holders)
         assert not any(request.blocks for request in self.waiting), "a waiting request holds blocks"
-        ids = [request.request_id for request in (*self.running, *self.waiting)]
+        ids = [request.request_id for request in (*holders, *self.waiting)]
         assert len(ids) == len(set(ids)), "a request is queued twice"
-        assert all(len(r.blocks) >= self.blocks_for(r.num_cached) for r in self.running), (
-            "cached tokens without a block"
-        )
+        assert all(len(r.blocks) >= self.blocks_for(r.num_cached) for r in holders), "cached tokens without a block"
         size = self.limits.block_size
-        assert all(r.num_published * size <= r.num_cached for r in self.running), "a block is shared that is not full"
+        assert all(r.num_published * size <= r.num_cached for r in holders), "a block is shared that is not full"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class EngineStats:
     """A moment's load and the totals since start. `kv_cache_usage` is the held share of blocks, 0..1.
 
-    `prefix_cache_queries` are prompt tokens looked up in the prefix cache, `prefix_cache_hits` those found.
+    `prefix_cache_queries` are prompt tokens looked up in the prefix cache, `prefix_cache_hits` those found. `stalled`
+    is 1 while requests run and no step ends, as who runs the engine saw it, `num_stalls` how often that began.
     """
 
     num_running: int
@@ -22,3 +23,5 @@ class EngineStats:
     generation_tokens: int
     prefix_cache_queries: int
     prefix_cache_hits: int
+    stalled: int = 0
+    num_stalls: int = 0

@@ -28,6 +28,8 @@ class Tokenizer:
         self.vocab_size = len(self._hf)
         self.backend.no_truncation()  # neither limit is ours, and encode may be called from several threads
         self.backend.no_padding()
+        self._added: dict[int, Any] = self.backend.get_added_tokens_decoder()
+        self._is_bytes = "ByteLevel" in str(self.backend.decoder)  # each character of a token stands for a byte
         self.eos_ids = _eos_ids(checkpoint, self._hf.eos_token_id)
 
     def encode(self, text: str) -> list[int]:
@@ -39,6 +41,24 @@ class Tokenizer:
         """Text of token ids, special tokens left out."""
         text: str = self.backend.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token alone stands for: the text of a special token, else its part of a text in UTF-8."""
+        raw: str | None = self.backend.id_to_token(token)
+        if raw is None:
+            return b""
+        if token in self._added:
+            return raw.encode()
+        if self._is_bytes:
+            return bytes(byte for char in raw if (byte := _BYTES.get(char)) is not None)
+        if len(raw) == 6 and raw.startswith("<0x"):
+            return bytes([int(raw[3:5], 16)])
+        return raw.replace("\u2581", " ").encode()
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token never shows in text."""
+        added = self._added.get(token)
+        return added is not None and bool(added.special)
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation by the model's chat template, up to where the assistant speaks."""
@@ -52,6 +72,16 @@ class Tokenizer:
             raise UsageError(f"the chat template of `{self.name}` refuses these messages: {error}") from None
         ids: list[int] = self._hf(text, add_special_tokens=False).input_ids  # the template writes them itself
         return ids
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level tokens spell bytes: those that print are themselves, the rest comes after."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+
+
+_BYTES = _byte_alphabet()
 
 
 class TextStream:

@@ -22,9 +22,9 @@ from starlette.exceptions import HTTPException
 
 from llmopt_cli import __version__
 from llmopt_cli.errors import LlmoptError, ServerError
+from llmopt_cli.server.errors import ApiError
 from llmopt_cli.server.metrics import CONTENT_TYPE
 from llmopt_cli.server.openai import OpenAIApi
-from llmopt_cli.server.protocol import ApiError
 from llmopt_cli.server.service import Service, Settings
 from llmopt_cli.server.streaming import ClientGoneError
 from llmopt_cli.spec.recipe import Recipe

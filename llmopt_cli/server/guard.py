@@ -13,7 +13,7 @@ from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 from starlette.types import Message, Receive
 
-from llmopt_cli.server.protocol import ApiError
+from llmopt_cli.server.errors import ApiError
 
 MAX_BODY_BYTES = 4 * 2**20  # a million tokens of text; as token ids, parsed in 0.2 s
 

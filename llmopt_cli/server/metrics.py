@@ -44,8 +44,10 @@ GAUGES = {  # name -> field of EngineStats
     "num_requests_running": ("Requests in the batch.", "num_running"),
     "num_requests_waiting": ("Requests in the queue.", "num_waiting"),
     "kv_cache_usage_perc": ("Share of KV blocks in use, 0 to 1.", "kv_cache_usage"),
+    "engine_stalled": ("1 while requests run and no step ends.", "stalled"),
 }
 COUNTERS = {
+    "engine_stalls": ("Times that no step ended for long.", "num_stalls"),
     "num_preemptions": ("Requests put back into the queue for want of KV blocks.", "num_preemptions"),
     "prompt_tokens": ("Prompt tokens of the requests taken in.", "prompt_tokens"),
     "generation_tokens": ("Tokens generated.", "generation_tokens"),

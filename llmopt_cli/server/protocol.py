@@ -1,59 +1,28 @@
-"""OpenAI's completion API as data: what a request body may hold, what an answer and an error look like.
+"""OpenAI's completion API as data: what a request body may hold, what an answer reports beside its text.
 
-Knows pydantic and `SamplingParams`; nothing of the engine, of sockets or of a web framework. A field that OpenAI
-defines and that would change the output, but is not served, is refused by name; so is a field nobody knows.
-Reference: OpenAI API, "Create chat completion" and "Create completion"; `top_k`, `ignore_eos` and `stop_token_ids` are
-vLLM's additions.
+Knows pydantic; nothing of the engine, of sockets or of a web framework. A field that OpenAI or vLLM defines and that
+would change the output, but is not served, is refused by name; so is a field nobody knows.
+Reference: OpenAI API, "Create chat completion" and "Create completion".
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 
-from llmopt_cli.errors import CapacityError, LlmoptError, UsageError
-from llmopt_cli.runtime.request import SamplingParams
+from llmopt_cli.server.body import Body, Unserved, refusal
+from llmopt_cli.server.sampling import MOST_LOGPROBS, SamplingBody
 
-ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
-
-# Fields that change no token of the answer: accepted and dropped.
-HARMLESS = {
-    "user",
-    "metadata",
-    "store",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_options",
-    "prompt_cache_retention",
-    "prediction",
-    "service_tier",
-    "parallel_tool_calls",
-    "include_obfuscation",
-}
 # Fields that are not served -> the values (beside null) that ask for nothing, hence are let through.
-UNSERVED_SAMPLING: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "use_beam_search": (False,),
+UNSERVED: Unserved = {
     "skip_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
-    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "bad_words": ([],),
 }
-UNSERVED_CHAT: dict[str, tuple[Any, ...]] = {
-    **UNSERVED_SAMPLING,
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "response_format": ({"type": "text"},),
+UNSERVED_CHAT: Unserved = {
+    **UNSERVED,
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -67,52 +36,9 @@ UNSERVED_CHAT: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "add_generation_prompt": (True,),
+    "echo": (False,),
 }
-UNSERVED_COMPLETION: dict[str, tuple[Any, ...]] = {
-    **UNSERVED_SAMPLING,
-    "best_of": (1,),
-    "logprobs": (),
-    "suffix": ("",),
-}
-
-
-class Body(BaseModel):
-    """A JSON object whose every key is served, known to be harmless, or refused by name. Null means "not given"."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sort_out(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        given = {name: value for name, value in data.items() if value is not None}
-        for name, value in given.items():
-            if name in cls.unserved:
-                if value not in cls.unserved[name]:
-                    only = " or ".join(json.dumps(value) for value in cls.unserved[name])
-                    known = f" (only {only})" if only else ""
-                    raise _refusal(name, "unsupported_parameter", f"`{name}` is not supported by this server{known}")
-            elif name not in cls.model_fields and name not in HARMLESS:
-                raise _refusal(name, "unknown_parameter", f"unknown field `{name}`{cls._nearest(name)}")
-        return {name: value for name, value in given.items() if name in cls.model_fields}
-
-    @classmethod
-    def _nearest(cls, name: str) -> str:
-        near = difflib.get_close_matches(name, [*cls.model_fields, *cls.unserved], n=1)
-        return f", nearest: `{near[0]}`" if near else ""
-
-
-def _refusal(name: str, code: str, message: str) -> PydanticCustomError:
-    # The name is the client's text: its braces are no template, and half a surrogate pair in it is no UTF-8.
-    message, name = (text.encode(errors="backslashreplace").decode() for text in (message, name))
-    return PydanticCustomError(code, "{message}", {"message": message, "field": name})
-
-
-def _listed(value: Any) -> Any:
-    """A single string stands for a list of one."""
-    return [value] if isinstance(value, str) else value
+UNSERVED_COMPLETION: Unserved = {**UNSERVED, "suffix": ("",)}
 
 
 def _parts(value: Any) -> Any:
@@ -140,59 +66,10 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
-class StreamOptions(Body):
-    """`stream_options`. `continuous_usage_stats` (vLLM) puts the usage so far into every chunk."""
-
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-
-
-# Every new piece of text is searched for every stop string, on the thread that all requests share.
-StopString = Annotated[str, Field(max_length=1000)]
-
-
-class SamplingBody(Body):
-    """What chat and text completions share. Ranges are checked by `SamplingParams`."""
-
-    model: str | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = Field(0, lt=2**31)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[StopString], BeforeValidator(_listed), Field(max_length=16)] = []
-    stop_token_ids: list[int] = []
-    ignore_eos: bool = False
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-
-    @model_validator(mode="after")
-    def _options_need_a_stream(self) -> Self:
-        if self.stream_options and not self.stream:
-            raise _refusal("stream_options", "invalid_value", "`stream_options` needs `stream: true`")
-        return self
-
-    def sampling(self, max_tokens: int) -> SamplingParams:
-        """The engine's parameters; a value out of range raises ApiError naming its field."""
-        try:
-            return SamplingParams(
-                max_tokens=max_tokens,
-                temperature=self.temperature,
-                top_k=0 if self.top_k == -1 else self.top_k,  # -1 is vLLM's word for "off"
-                top_p=self.top_p,
-                seed=self.seed,
-                stop=tuple(self.stop),
-                stop_token_ids=tuple(self.stop_token_ids),
-                ignore_eos=self.ignore_eos,
-            )
-        except UsageError as error:
-            # Its messages begin with the field's name.
-            raise ApiError(400, error.message, param=error.message.split()[0]) from None
-
-
 class TextPart(Body):
     """One part of a message's content."""
 
-    unserved = {"image_url": (), "input_audio": (), "file": (), "refusal": ()}
+    unserved: ClassVar[Unserved] = {"image_url": (), "input_audio": (), "file": (), "refusal": ()}
 
     type: Literal["text"]
     text: Annotated[str, AfterValidator(_text)]
@@ -201,7 +78,7 @@ class TextPart(Body):
 class Message(Body):
     """One turn of a conversation; `developer` is the newer word for `system`."""
 
-    unserved = {
+    unserved: ClassVar[Unserved] = {
         "tool_calls": ([],),
         "tool_call_id": (),
         "function_call": (),
@@ -229,11 +106,15 @@ class ChatRequest(SamplingBody):
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MOST_LOGPROBS)
 
     @model_validator(mode="after")
-    def _one_limit(self) -> Self:
+    def _of_chats(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise _refusal("max_tokens", "invalid_value", "give `max_tokens` or `max_completion_tokens`, not both")
+            raise refusal("max_tokens", "invalid_value", "give `max_tokens` or `max_completion_tokens`, not both")
+        if self.top_logprobs and not self.logprobs:
+            raise refusal("top_logprobs", "invalid_value", "`top_logprobs` needs `logprobs: true`")
         return self
 
     @property
@@ -241,76 +122,45 @@ class ChatRequest(SamplingBody):
         """Most tokens to generate, if the client said so."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def told(self) -> int | None:
+        """As asked for by `logprobs` and `top_logprobs`."""
+        return self.top_logprobs if self.logprobs else None
+
 
 class CompletionRequest(SamplingBody):
-    """Body of `POST /v1/completions`. OpenAI's default limit is 16 tokens."""
+    """Body of `POST /v1/completions`. OpenAI's default limit is 16 tokens.
+
+    With `echo`, `max_tokens` may be 0: then the prompt alone is told of.
+    """
 
     unserved = UNSERVED_COMPLETION
 
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
     max_tokens: int = 16
     echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
     @property
-    def limit(self) -> int | None:
+    def limit(self) -> int:
         """Most tokens to generate."""
-        return self.max_tokens
+        return max(self.max_tokens, 1) if self.echo_only else self.max_tokens
 
+    @property
+    def echo_only(self) -> bool:
+        """Whether nothing but the prompt is wanted back; one token is generated all the same, and not told."""
+        return self.echo and self.max_tokens == 0
 
-class ApiError(Exception):
-    """An answer that is an error: HTTP status and OpenAI's `{"error": ...}` body."""
+    @property
+    def told(self) -> int | None:
+        """As asked for by `logprobs`."""
+        return self.logprobs
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-
-    @classmethod
-    def of(cls, error: LlmoptError) -> ApiError:
-        """What the engine refused is the client's fault, all else is the server's."""
-        if isinstance(error, CapacityError):
-            return cls(400, error.message, code="context_length_exceeded")
-        if isinstance(error, UsageError):
-            return cls(400, error.message)
-        return cls(500, error.message, code="engine_error")
-
-    @classmethod
-    def of_validation(cls, errors: Sequence[Any]) -> ApiError:
-        """The first of pydantic's (or FastAPI's) error dicts, with the path of the field."""
-        first = errors[0]
-        if first["type"] == "json_invalid":
-            return cls(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-        context = first.get("ctx", {})
-        param = _path([*first["loc"], *([context["field"]] if "field" in context else [])])
-        if "field" in context:
-            return cls(400, first["msg"], param=param, code=first["type"])
-        if param is None:
-            return cls(400, "the body must be a JSON object, sent as `Content-Type: application/json`")
-        return cls(400, f"`{param}`: {first['msg'].removeprefix('Value error, ')}", param=param, code="invalid_value")
-
-    def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
-        kind = ERROR_TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-def _path(loc: Sequence[str | int]) -> str | None:
-    """`("body", "messages", 0, "role")` -> `messages[0].role`."""
-    path = ""
-    for part in loc[1:] if loc[:1] == ["body"] else loc:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    return path or None
+    @property
+    def scored(self) -> int | None:
+        """An echoed prompt is told of as the answer is."""
+        wanted = [count for count in (self.prompt_logprobs, self.logprobs if self.echo else None) if count is not None]
+        return max(wanted, default=None)
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:

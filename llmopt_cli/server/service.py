@@ -5,6 +5,7 @@ Knows the async engine and the metrics; no route, no protocol's JSON.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import deque
@@ -16,14 +17,13 @@ from typing import TYPE_CHECKING
 
 from llmopt_cli.errors import CapacityError, UsageError
 from llmopt_cli.runtime.request import RequestOutput, SamplingParams
+from llmopt_cli.server.errors import ApiError
 from llmopt_cli.server.metrics import Metrics, RequestClock
-from llmopt_cli.server.protocol import ApiError
 from llmopt_cli.server.streaming import merged
 
 if TYPE_CHECKING:
     from llmopt_cli.runtime import AsyncEngine
 
-STALL_SECONDS = 120.0  # A step may prefill a thousand tokens of a large model on a CPU; longer than this is a hang.
 LONGEST_RETRY = 60
 
 
@@ -55,39 +55,46 @@ class Service:
         self.engine = engine
         self.settings = settings
         self.model_name = settings.served_model_name or engine.engine.checkpoint.name
-        self.metrics = Metrics(self.model_name, engine.engine.max_model_len, engine.engine.stats)
+        self.metrics = Metrics(self.model_name, engine.engine.max_model_len, engine.stats)
         self.draining = False
         self.in_flight = 0
         self._most = engine.engine.batching.max_num_seqs + settings.max_num_queued_reqs
         self._ends: deque[float] = deque(maxlen=32)
+        self._ids = itertools.count()
 
     async def run(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], answers: int = 1
     ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """Outputs of all prompts as they come, each with its prompt's index. Closing it aborts what still runs.
+        """Outputs of all prompts as they come, each with its index. Closing it aborts what still runs.
 
+        Each prompt has that many `answers` with a random stream each, one after the other in the order of indices.
         The first iteration raises ApiError if the request is not let in, CapacityError or UsageError if the engine
         refuses it; a later one ServerError when the engine stops or dies.
         """
-        self._admit(len(prompts))
+        count = len(prompts) * answers
+        self._admit(count, "prompt" if answers == 1 else "n")
         if not self.in_flight:
             self._ends.clear()  # the gap to an earlier busy time says nothing of this one
-        self.in_flight += len(prompts)
+        self.in_flight += count
         try:
-            streams = [self._measured(ids, wanted) for ids, wanted in zip(prompts, params, strict=True)]
+            streams = [
+                stream
+                for ids, wanted in zip(prompts, params, strict=True)
+                for stream in self._several(ids, wanted, answers)
+            ]
             async with aclosing(merged(streams)) as outputs:
                 async for item in outputs:
                     yield item
         finally:
-            self.in_flight -= len(prompts)
+            self.in_flight -= count
             self._ends.append(time.monotonic())
 
-    def _admit(self, count: int) -> None:
+    def _admit(self, count: int, param: str) -> None:
         if self.draining:
             self.metrics.rejected("draining")
             raise ApiError(503, "the server is shutting down", code="draining")
         if count > self._most:
-            raise ApiError(400, f"{count} prompts in one request, at most {self._most} are served", param="prompt")
+            raise ApiError(400, f"{count} answers in one request, at most {self._most} are served", param=param)
         if self.in_flight + count > self._most:
             self.metrics.rejected("queue_full")
             raise ApiError(
@@ -97,12 +104,23 @@ class Service:
                 retry_after=retry_after(self._ends),
             )
 
-    async def _measured(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[RequestOutput, None]:
+    def _several(
+        self, prompt_ids: Sequence[int], params: SamplingParams, answers: int
+    ) -> list[AsyncGenerator[RequestOutput, None]]:
+        """The streams of one prompt's answers, which share what is computed of the prompt."""
+        name = f"served-{next(self._ids)}"
+        first = self._measured(prompt_ids, params, name, None)
+        others = [self._measured(prompt_ids, params.child(i), f"{name}.{i}", name) for i in range(1, answers)]
+        return [first, *others]
+
+    async def _measured(
+        self, prompt_ids: Sequence[int], params: SamplingParams, name: str, twin: str | None
+    ) -> AsyncGenerator[RequestOutput, None]:
         clock = RequestClock(self.metrics)
         output: RequestOutput | None = None
         refused = False
         try:
-            async with aclosing(self.engine.stream(prompt_ids, params)) as outputs:
+            async with aclosing(self.engine.stream(prompt_ids, params, name, twin)) as outputs:
                 async for output in outputs:
                     clock.saw(output)
                     yield output
@@ -118,9 +136,7 @@ class Service:
         """Why the engine can't answer any more, or None."""
         if self.engine.failure is not None:
             return f"the engine died: {self.engine.failure}"
-        if self.engine.seconds_without_progress > STALL_SECONDS:
-            return f"requests are running, but no step finished for {STALL_SECONDS:.0f} s"
-        return None
+        return self.engine.stalled
 
     def unready(self) -> str | None:
         """Why no new request is let in, or None."""

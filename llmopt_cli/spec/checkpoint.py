@@ -7,9 +7,10 @@ Only safetensors is opened: a pickle runs the code inside it. The header format 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +20,7 @@ from llmopt_cli.spec.model import ModelSpec
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = {"demo": ASSETS / "bookworm-6m", "demo-draft": ASSETS / "bookworm-1m"}
+FLOATS = ("F64", "F32", "F16", "BF16")  # what a model computes with; all else are codes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.py"]
 HUB_LEAVES = ["consolidated*", "original/*"]  # the same weights once more, under their makers' names
@@ -33,10 +35,14 @@ class TensorHeader:
     shape: tuple[int, ...]
     nbytes: int
 
+    def held(self, value_bytes: int) -> int:
+        """Bytes in a model that computes with values of `value_bytes`: floats become those, codes stay as they are."""
+        return math.prod(self.shape) * value_bytes if self.dtype in FLOATS else self.nbytes
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder that was found complete: config.json and safetensors files whose headers and sizes agree.
+    """A model folder that was found complete: config.json and safetensors files whose headers and sizes agree, or GGUF.
 
     `name` is the folder's, or the hub id: the snapshot of one lies in a folder named after its commit.
     """
@@ -48,7 +54,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> Self:
-        """Open a local folder, a GGUF file, `demo`, or a hub id (downloaded or from the cache).
+        """Open a local folder, a GGUF file or a folder with one, `demo`, or a hub id (downloaded or from the cache).
 
         Raises CheckpointError if it is missing, holds only pickles, or is damaged.
         """
@@ -60,13 +66,15 @@ class Checkpoint:
             path = _download(name, revision)
         elif name not in BUNDLED:
             name = path.resolve().name  # that of `.` is empty
+        if file := _gguf_file(path):
+            return replace(cls._open_gguf(file, path), name=name)
         return cls(name=name, path=path, config=read_json(path / "config.json"), tensors=_headers(path))
 
     @classmethod
-    def _open_gguf(cls, file: Path) -> Self:
+    def _open_gguf(cls, file: Path, folder: Path | None = None) -> Self:
         from llmopt_cli.spec.gguf_checkpoint import open_gguf
 
-        model = open_gguf(file)
+        model = open_gguf(file, folder)
         return cls(name=file.stem, path=model.folder, config=model.config, tensors=model.tensors)
 
     @cached_property
@@ -113,6 +121,14 @@ def _folder(source: str | Path) -> Path | None:
         return path if path.is_dir() else None
     except (RuntimeError, OSError):  # no such user, a name longer than names may be
         return None
+
+
+def _gguf_file(folder: Path) -> Path | None:
+    """The GGUF file that is the model of a folder without safetensors; CheckpointError if there are several."""
+    found = [] if any(folder.glob("*.safetensors*")) else sorted(folder.glob("*.gguf"))
+    if len(found) > 1:
+        raise CheckpointError(f"`{folder}` holds {len(found)} GGUF files", f"give one of them, such as `{found[0]}`")
+    return found[0] if found else None
 
 
 def _headers(folder: Path) -> dict[str, TensorHeader]:

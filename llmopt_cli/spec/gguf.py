@@ -101,13 +101,17 @@ class Mix:
 
     def type_of(self, kind: Matrix, layer: int, spec: ModelSpec) -> str:
         """The block type of a matrix of this kind in this layer."""
+        return fitting(self.wanted(kind, layer, spec), spec.columns(kind))
+
+    def wanted(self, kind: Matrix, layer: int, spec: ModelSpec) -> str:
+        """The same for rows of any length: what `type_of` is where they are whole blocks."""
         if kind in ("norm", "router"):
             return "f32"
         # A tied embedding is the head as well, and stored as such.
         role = "head" if kind == "embedding" and spec.tied_embeddings else ROLES.get(kind, kind)
         chosen = self.better.get(role, Better(self.rest))
         name = chosen.best if chosen.where(layer, spec) else chosen.type
-        return fitting(self._lifted(role, name, spec), spec.columns(kind))
+        return self._lifted(role, name, spec)
 
     def _lifted(self, role: Matrix, name: str, spec: ModelSpec) -> str:
         """What small matrices get where much depends on them: eight experts, or the eight heads of a 70B."""
@@ -182,3 +186,8 @@ MIXES: dict[str, Mix] = {
         lifts_output=True,
     ),
 }
+
+
+def block_of(name: str) -> str:
+    """The block type of this name, or the one that most of a mix of this name is."""
+    return MIXES[name].rest if name in MIXES else name

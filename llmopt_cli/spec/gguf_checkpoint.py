@@ -1,7 +1,7 @@
 """A GGUF file as a checkpoint: its config, its tensors under transformers' names, and the small files beside them.
 
 What other parts of llmopt, and transformers, look for in a model's folder (config, tokenizer, chat template) is
-unpacked once into the user's cache. Reads headers, never weights; no torch.
+unpacked once into the user's cache, unless it lies beside the file. Reads headers, never weights; no torch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from llmopt_cli.spec.gguf_model import ROPE_FREQS, Architecture, config_of, foun
 from llmopt_cli.spec.gguf_names import Place, names_of
 from llmopt_cli.spec.gguf_tokenizer import tokenizer_files
 
+COMPANIONS = ("config.json", "tokenizer.json")
 PLAIN = ("f32", "f16", "bf16")
 ROTATED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}  # and how many heads they have
 
@@ -49,8 +50,11 @@ class GgufModel:
     tensors: dict[str, GgufHeader]
 
 
-def open_gguf(file: Path) -> GgufModel:
-    """Read a file's headers and unpack its companions; CheckpointError if it is damaged or of an unknown kind."""
+def open_gguf(file: Path, folder: Path | None = None) -> GgufModel:
+    """Read a file's headers and unpack its companions, unless `folder` has them.
+
+    CheckpointError if it is damaged or of an unknown kind.
+    """
     metadata, stored = read_gguf(file)
     architecture = found_architecture(metadata)
     try:
@@ -61,7 +65,9 @@ def open_gguf(file: Path) -> GgufModel:
     types = {name.removesuffix(".blocks"): one.type for name, one in tensors.items() if name.endswith(".blocks")}
     if types:
         config["quantization_config"] = {"quant_method": "gguf", "types": types}
-    return GgufModel(_unpacked(file.stem, _companions(metadata, config)), config, tensors)
+    if folder is None or not all((folder / name).is_file() for name in COMPANIONS):
+        folder = _unpacked(file.stem, _companions(metadata, config))
+    return GgufModel(folder, config, tensors)
 
 
 def _rope_factors(file: Path, stored: Iterable[GgufTensor]) -> list[float] | None:

@@ -24,6 +24,7 @@ class Batching:
     `max_num_seqs` requests of full length can use. With `enable_prefix_caching` requests that begin alike share blocks.
     Two values of `batching_mode` are baselines: "static" fills a batch and runs it to its end, "none" runs one request
     after the other. Beside others, a prompt gets at most `long_prefill_token_threshold` tokens of a step (0: no limit).
+    With `deterministic` a request's logits are the same bit for bit whatever else runs, and slower.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -37,6 +38,7 @@ class Batching:
     batching_mode: str = MODES[0]
     scheduling_policy: str = POLICIES[0]
     long_prefill_token_threshold: int = 0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "kv_cache_memory_bytes"):

@@ -6,7 +6,7 @@ Knows how many bits a value costs and in what the products are done, not how any
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from llmopt_cli.errors import UnknownNameError
@@ -50,6 +50,10 @@ class Scheme:
         """Bits per weight of a quantized linear layer: the code and its share of the group's scale and zero."""
         shared = (self.scale_bits + self.zero_bits) / self.group_size if self.group_size else 0.0
         return self.weight_bits + shared + self.extra_bits
+
+    def at(self, bits: int) -> Scheme:
+        """The same with codes, and zeros if there are any, of other bits."""
+        return replace(self, weight_bits=bits, zero_bits=bits if self.zero_bits else 0)
 
     @property
     def other_bits(self) -> float:

@@ -1,7 +1,7 @@
 """Quantize with llama.cpp, or measure perplexity of GGUF files; run by the Python that has llama-cpp-python.
 
 llamacpp_perplexity.py quantize IN OUT FILE_TYPE [IMPORTANCE.npz]
-llamacpp_perplexity.py perplexity IDS.json FILE ...      one JSON line: file -> perplexity
+llamacpp_perplexity.py perplexity IDS.json FILE ...      one JSON line: file -> perplexity; `llama_cpp` -> its version
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def quantize(source: str, target: str, file_type: int, importance: str | None) -
 
 
 def perplexity(file: str, windows: list[list[int]]) -> float:
-    model = llama_cpp.Llama(file, n_ctx=len(windows[0]), n_batch=512, n_threads=1, logits_all=True, verbose=False)
+    model = llama_cpp.Llama(
+        file, n_ctx=len(windows[0]), n_batch=512, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False
+    )
     total, count = 0.0, 0
     for ids in windows:
         model.reset()
@@ -54,4 +56,5 @@ if __name__ == "__main__":
     else:
         with open(sys.argv[2], encoding="utf-8") as stream:
             windows = json.load(stream)
-        print(json.dumps({file: perplexity(file, windows) for file in sys.argv[3:]}))  # noqa: T201
+        found = {file: perplexity(file, windows) for file in sys.argv[3:]}
+        print(json.dumps({"llama_cpp": llama_cpp.__version__, **found}))  # noqa: T201

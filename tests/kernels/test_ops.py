@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import llmopt_kernels
-from llmopt_kernels import QUANTIZED, PagedBatch, Pages, Span, cpu, paged_attention, reference, store_kv
+from llmopt_kernels import QUANTIZED, PagedBatch, Pages, Rule, Span, cpu, paged_attention, reference, store_kv
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 compiled = pytest.mark.skipif(cpu.library() is None, reason="the CPU ops are not compiled here")
@@ -63,6 +63,49 @@ def test_compiled_silu_mul_equals_reference(width: int, dtype: torch.dtype) -> N
     assert close(cpu.silu_mul(gate_up), reference.silu_mul(gate_up))
 
 
+@dtypes
+@pytest.mark.parametrize(("count", "rows", "width"), [(1, 1, 1), (3, 7, 33), (9, 33, 64), (17, 130, 100)])
+@pytest.mark.parametrize("use_compiled", [False, pytest.param(True, marks=compiled)], ids=["torch", "compiled"])
+def test_rows_of_a_product_do_not_depend_on_each_other(
+    count: int, rows: int, width: int, dtype: torch.dtype, use_compiled: bool
+) -> None:
+    torch.manual_seed(4)
+    x, weight, bias = (
+        torch.randn(count, width).to(dtype),
+        torch.randn(rows, width).to(dtype),
+        torch.randn(rows).to(dtype),
+    )
+    linear = cpu.linear_rows if use_compiled else reference.linear_rows
+    found = linear(x, weight, bias)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    scale = exact.abs().max()
+    assert close((found / scale).to(dtype), (exact / scale).to(dtype))
+    assert torch.equal(found[-1:], linear(x[-1:], weight, bias))
+    assert torch.equal(found[count // 2 :], linear(x[count // 2 :], weight, bias))
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (5, 40), (64, 1024)])
+def test_codes_of_fewer_bits_come_back_as_nibbles(bits: int, rows: int, columns: int) -> None:
+    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
+    packed = reference.pack_low(codes, bits)
+    assert packed.shape == (rows, columns * bits // 8)
+    wanted = codes[:, 0::2] | codes[:, 1::2] << 4
+    assert torch.equal(reference.nibbles(packed, bits), wanted)
+    assert torch.equal(llmopt_kernels.nibbles(packed, bits), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_scales_are_taken_as_the_file_stores_them(dtype: torch.dtype, tokens: int) -> None:
+    scales = torch.randn(6, 2).to(dtype)
+    scales[0] = torch.tensor([6e-8, -6e-5]).to(dtype)  # below float16's normal numbers
+    codes, x = torch.randint(0, 256, (6, 128), dtype=torch.uint8), torch.randn(tokens, 256)
+    for zeros in (torch.randint(0, 16, (6, 2), dtype=torch.uint8), torch.full((1, 1), 8, dtype=torch.uint8)):
+        wanted = reference.int4_linear(x, codes, scales, zeros)
+        torch.testing.assert_close(llmopt_kernels.int4_linear(x, codes, scales, zeros), wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_dequantize_int4_is_its_formula() -> None:
     codes = torch.tensor([[0x21, 0x43, 0xF0, 0x08]], dtype=torch.uint8)  # columns 1 2 3 4 | 0 15 8 0
     scales, zeros = torch.tensor([[0.5, 2.0]]), torch.tensor([[1, 8]], dtype=torch.uint8)
@@ -88,25 +131,32 @@ def test_compiled_int4_linear_equals_reference(
         assert close((found / scale).to(dtype), (expected / scale).to(dtype))
 
 
-def naive_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None
-) -> torch.Tensor:
+def naive_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule) -> torch.Tensor:
     """One request, contiguous KV, one query and head at a time. query (Q, H, D), keys (L, K, D) -> (Q, H, Dv)."""
     count, heads, _ = query.shape
     length, kv_heads, _ = keys.shape
     out = torch.zeros(count, heads, values.shape[-1])
     for row in range(count):
         position = length - count + row
-        first = 0 if window is None else max(0, position - window + 1)
+        first = 0 if rule.window is None else max(0, position - rule.window + 1)
+        if rule.chunk is not None:
+            first = max(first, position - position % rule.chunk)
         for head in range(heads):
             kv = head // (heads // kv_heads)
-            scores = keys[first : position + 1, kv].double() @ query[row, head].double() * scale
-            out[row, head] = (scores.softmax(0) @ values[first : position + 1, kv].double()).float()
+            scores = keys[first : position + 1, kv].double() @ query[row, head].double() * rule.scale
+            if rule.softcap is not None:
+                scores = torch.tanh(scores / rule.softcap) * rule.softcap
+            weights = scores.exp()
+            total = weights.sum() + (0 if rule.sinks is None else rule.sinks[head].double().exp())
+            out[row, head] = (weights / total @ values[first : position + 1, kv].double()).float()
     return out
 
 
 @dtypes
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"window": 3}, {"chunk": 4}, {"softcap": 0.7}, {"sinks": 1.5}, {"window": 5, "softcap": 2.0, "sinks": -1.0}],
+)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim"), [(4, 2, 16, 16), (3, 1, 7, 5), (2, 2, 64, 64)])
 @pytest.mark.parametrize("use_compiled", [False, pytest.param(True, marks=compiled)], ids=["torch", "compiled"])
 def test_paged_attention_equals_naive_attention_over_scattered_pages(
@@ -114,7 +164,7 @@ def test_paged_attention_equals_naive_attention_over_scattered_pages(
     kv_heads: int,
     dim: int,
     value_dim: int,
-    window: int | None,
+    limits: dict[str, float],
     dtype: torch.dtype,
     use_compiled: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -122,7 +172,9 @@ def test_paged_attention_equals_naive_attention_over_scattered_pages(
     if not use_compiled:
         monkeypatch.setattr(cpu, "fits", lambda *_: False)
     torch.manual_seed(1)
-    size, scale = 4, dim**-0.5
+    size = 4
+    sinks = torch.randn(heads) + limits["sinks"] if "sinks" in limits else None
+    rule = Rule(**({"scale": dim**-0.5} | limits | {"sinks": sinks}))  # type: ignore[arg-type]
     blocks = torch.randperm(40).tolist()
     spans, histories = [], []
     for length, context in ((1, 1), (1, 9), (5, 5), (3, 11), (1, 16)):
@@ -138,9 +190,9 @@ def test_paged_attention_equals_naive_attention_over_scattered_pages(
         past = PagedBatch([Span(span.context, span.context, span.blocks)], size, torch.device("cpu"))
         store_kv(keys, values, k_cache, v_cache, past.new_slots)
     query = torch.randn(sum(span.length for span in spans), heads, dim).to(dtype)
-    found = paged_attention(query, k_cache, v_cache, batch, scale, window)
+    found = paged_attention(query, k_cache, v_cache, batch, rule)
     rows = query.split([span.length for span in spans])
-    expected = [naive_attention(q, k, v, scale, window) for q, (k, v) in zip(rows, histories, strict=True)]
+    expected = [naive_attention(q, k, v, rule) for q, (k, v) in zip(rows, histories, strict=True)]
     assert close(found, torch.cat(expected).to(dtype))
 
 
@@ -153,7 +205,7 @@ def test_a_quantized_cache_is_attention_over_what_its_codes_mean(
     if not use_compiled:
         monkeypatch.setattr(cpu, "fits", lambda *_: False)
     torch.manual_seed(2)
-    size, scale, heads, kv_heads, dim, value_dim = 4, 0.3, 6, 3, 20, 16
+    size, rule, heads, kv_heads, dim, value_dim = 4, Rule(0.3), 6, 3, 20, 16
     spans = [Span(1, 7, [5, 2]), Span(3, 3, [1]), Span(1, 1, [4])]
     k_cache = Pages.empty(6 * size, kv_heads, dim, cached, torch.device("cpu"))
     v_cache = Pages.empty(6 * size, kv_heads, value_dim, cached, torch.device("cpu"))
@@ -169,9 +221,9 @@ def test_a_quantized_cache_is_attention_over_what_its_codes_mean(
             error = (wide - tensor.float()).abs().amax(-1)
             assert bool((error <= tensor.float().abs().amax(-1) * STEPS[cached] * 1.0001 + 1e-9).all())
     query = torch.randn(sum(span.length for span in spans), heads, dim).to(dtype)
-    found = paged_attention(query, k_cache, v_cache, PagedBatch(spans, size, torch.device("cpu")), scale)
+    found = paged_attention(query, k_cache, v_cache, PagedBatch(spans, size, torch.device("cpu")), rule)
     rows = query.split([span.length for span in spans])
-    expected = [naive_attention(q, k, v, scale, None) for q, (k, v) in zip(rows, meant, strict=True)]
+    expected = [naive_attention(q, k, v, rule) for q, (k, v) in zip(rows, meant, strict=True)]
     assert close(found, torch.cat(expected).to(dtype))
 
 
@@ -203,7 +255,7 @@ def test_compiled_ops_take_strided_heads() -> None:
     for q, k, v in ((query, key, value), heads_first):
         caches = Pages(torch.zeros(8, 3, 8)), Pages(torch.zeros(8, 3, 8))
         store_kv(k, v, *caches, batch.new_slots)
-        results.append(paged_attention(q, *caches, batch, 1.0))
+        results.append(paged_attention(q, *caches, batch, Rule(1.0)))
     assert torch.equal(results[0], results[1])
     assert close(results[0], value)  # one token sees only itself
 
@@ -234,7 +286,7 @@ def test_a_request_of_nan_does_not_spoil_its_neighbours(use_compiled: bool, monk
     cache = torch.randn(8, 1, 8)
     cache[:4] = float("nan")
     cache[6:] = float("nan")  # slots that the healthy request has not reached yet
-    found = paged_attention(torch.randn(2, 1, 8), Pages(cache), Pages(cache), batch, 1.0)
+    found = paged_attention(torch.randn(2, 1, 8), Pages(cache), Pages(cache), batch, Rule(1.0))
     assert found[0].isnan().all()
     assert found[1].isfinite().all()
 

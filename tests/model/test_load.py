@@ -56,9 +56,9 @@ def test_logits_equal_transformers(
     folder = tiny(family, **changes)
     loaded = load_model(Checkpoint.open(folder), "float32", "cpu")
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.arange(10, 14)[None]  # no longer than the smallest window: without a cache, windows are not applied
+    ids = torch.arange(10, 16)[None]
     with torch.inference_mode():
-        found = loaded.model(input_ids=ids, position_ids=torch.arange(4)[None], use_cache=False).logits
+        found = loaded.model(input_ids=ids, position_ids=torch.arange(6)[None], use_cache=False).logits
         expected = reference(ids).logits
     assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
     assert loaded.fused == fused
@@ -78,28 +78,6 @@ def test_logits_in_bfloat16_are_as_close_as_transformers_own(
             input_ids=ids, position_ids=torch.arange(4)[None], use_cache=False
         )
     assert (ours.logits - exact).norm() <= 1.5 * (theirs - exact).norm()
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "reason"),
-    [
-        ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16}, "soft-capped"),
-        ("GptOss", {"head_dim": 16, "num_local_experts": 4}, "sinks"),
-        ("Llama4Text", {"attention_chunk_size": 8, "num_local_experts": 2, "head_dim": 16}, "by its mask alone"),
-        ("Qwen2Moe", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "by its mask alone"),
-        ("Falcon", {}, "attention interface"),
-        (
-            "Qwen3Next",
-            {"head_dim": 16, "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2},
-            "1 of its 4 layers",
-        ),
-    ],
-)
-def test_semantics_the_runtime_lacks_are_refused(
-    tiny: Callable[..., Path], family: str, changes: dict[str, Any], reason: str
-) -> None:
-    with pytest.raises(ModelError, match=reason):
-        load_model(Checkpoint.open(tiny(family, **changes)), "float32", "cpu")
 
 
 def copy_of(folder: Path, target: Path, **config: Any) -> Path:

@@ -36,17 +36,28 @@ def norm(name: str, kind: str = "gain") -> Producer:
     return Producer(name, kind, (1, 1, 64))  # type: ignore[arg-type]
 
 
-def groups_of(before_attention: Producer | None, before_mlp: Producer | None, v_to_o: Producer = V_TO_O) -> list[Group]:
+STREAM = ("post_attention_layernorm", "")  # where the block's two writers first meet the residual stream
+POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")  # that read a writer's output by itself
+
+
+def groups_of(
+    before_attention: Producer | None,
+    before_mlp: Producer | None,
+    v_to_o: Producer = V_TO_O,
+    sums: tuple[str, str] = STREAM,
+) -> list[Group]:
     return [
         Group(QKV, "self_attn", before_attention),
-        Group(("self_attn.o_proj",), "self_attn.o_proj", v_to_o),
+        Group(("self_attn.o_proj",), "self_attn.o_proj", v_to_o, sums[0]),
         Group(GATE_UP, "mlp", before_mlp),
-        Group(("mlp.down_proj",), "mlp.down_proj", UP_TO_DOWN),
+        Group(("mlp.down_proj",), "mlp.down_proj", UP_TO_DOWN, sums[1]),
     ]
 
 
 USUAL = groups_of(norm("input_layernorm"), norm("post_attention_layernorm"))
-OFFSET = groups_of(norm("input_layernorm", "offset gain"), norm("pre_feedforward_layernorm", "offset gain"))
+OFFSET = groups_of(
+    norm("input_layernorm", "offset gain"), norm("pre_feedforward_layernorm", "offset gain"), sums=POST_NORMS
+)
 FAMILIES: dict[str, tuple[str, dict[str, Any], list[Group]]] = {
     "llama": ("Llama", {}, USUAL),
     "llama-mha": (
@@ -62,7 +73,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[Group]]] = {
     "qwen2": ("Qwen2", {}, USUAL),
     "qwen3": ("Qwen3", {}, USUAL),
     "gemma2": ("Gemma2", {}, OFFSET),
-    "olmo2": ("Olmo2", {}, groups_of(None, None)),
+    "olmo2": ("Olmo2", {}, groups_of(None, None, sums=POST_NORMS)),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 
 from llmopt_cli.errors import CapacityError, ServerError, UsageError
 from llmopt_cli.runtime import AsyncEngine, Engine, RequestOutput, SamplingParams
-from llmopt_cli.runtime.grammar import Constraint
 from llmopt_cli.spec.recipe import Batching
 
 
@@ -107,12 +107,10 @@ def test_a_request_id_in_use_is_refused_and_harms_nobody(engine: Engine) -> None
 def test_a_refusal_on_the_thread_reaches_only_its_own_stream(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     add = engine.add_request
 
-    def picky(
-        ids: Sequence[int], params: SamplingParams, name: str | None = None, rule: Constraint | None = None
-    ) -> str:
+    def picky(ids: Sequence[int], params: SamplingParams, name: str | None = None, *rest: Any) -> str:
         if name == "odd":
             raise UsageError("not this one")
-        return add(ids, params, name, rule)
+        return add(ids, params, name, *rest)
 
     async def work() -> None:
         monkeypatch.setattr(engine, "add_request", picky)
@@ -171,3 +169,47 @@ def test_an_engine_too_broken_to_clean_up_still_reaches_its_readers(
     run(work())
     monkeypatch.undo()
     engine.abort_all()
+
+
+def test_the_watchdog_tells_of_a_step_that_hangs_and_where(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    step, go_on = engine.step, threading.Event()
+
+    def hanging_step() -> list[RequestOutput]:
+        go_on.wait()
+        return step()
+
+    async def work() -> None:
+        monkeypatch.setattr(engine, "step", hanging_step)
+        async with AsyncEngine(engine, stall_seconds=0.1) as running:
+            await asyncio.sleep(0.3)
+            assert running.stalled is None  # idle is not stuck
+            reading = asyncio.ensure_future(collect(running.stream([5, 6], SamplingParams(max_tokens=4))))
+            while not running.num_stalls:
+                await asyncio.sleep(0.01)
+            assert "no step finished" in str(running.stalled)
+            assert (running.stats().stalled, running.stats().num_stalls) == (1, 1)
+            go_on.set()
+            assert (await reading)[-1].finished
+            assert running.stalled is None
+            assert running.stats().num_stalls == 1
+
+    run(work())
+    [line] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "requests are running" in line
+    assert "hanging_step" in line
+
+
+def test_steps_that_run_nothing_are_no_progress(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async with AsyncEngine(engine, stall_seconds=0.1) as running:
+            step = engine.step
+            monkeypatch.setattr(engine, "step", list)
+            reading = asyncio.ensure_future(collect(running.stream([5, 6], SamplingParams(max_tokens=4))))
+            while not running.num_stalls:
+                await asyncio.sleep(0.01)
+            monkeypatch.setattr(engine, "step", step)
+            assert (await reading)[-1].finished
+
+    run(work())

@@ -13,7 +13,9 @@ from pydantic import ValidationError
 
 from llmopt_cli.errors import CapacityError, ServerError, UsageError
 from llmopt_cli.runtime.request import SamplingParams
-from llmopt_cli.server.protocol import HARMLESS, ApiError, ChatRequest, CompletionRequest
+from llmopt_cli.server.body import HARMLESS
+from llmopt_cli.server.errors import ApiError
+from llmopt_cli.server.protocol import ChatRequest, CompletionRequest
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 

@@ -13,10 +13,11 @@ import pytest
 
 from llmopt_cli.errors import ServerError
 from llmopt_cli.runtime import AsyncEngine, Engine, SamplingParams
+from llmopt_cli.runtime.async_engine import STALL_SECONDS
 from llmopt_cli.server.app import create_app
+from llmopt_cli.server.errors import ApiError
 from llmopt_cli.server.metrics import token_buckets
-from llmopt_cli.server.protocol import ApiError
-from llmopt_cli.server.service import STALL_SECONDS, Service, Settings, retry_after
+from llmopt_cli.server.service import Service, Settings, retry_after
 from llmopt_cli.server.streaming import ClientGoneError, EventStream, merged, unless_gone
 
 PROMPT = [5, 6, 7]

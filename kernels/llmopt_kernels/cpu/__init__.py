@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmopt_kernels import reference
-from llmopt_kernels.paging import Pages, Rows
+from llmopt_kernels.paging import Pages, Rows, Rule
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -23,12 +23,15 @@ SIGNATURES = {  # of ops.cpp: pointers, sizes, floats
     "rms_norm": "pppiif",
     "rotary": "pppiiii",
     "silu_mul": "ppii",
+    "linear_rows": "ppppiii",
     "store_rows": "pppiii",
     "store_int8": "ppppiiii",
-    "int4_linear": "pppppiiii",
-    "int4_unpack": "ppppiii",
-    **{f"paged_attention_{kind}": "ppppppppppipf" for kind in ("own", "int8", "fp8")},
+    "int4_linear": "pppppiiiiii",
+    "int4_unpack": "ppppiiiii",
+    "nibbles": "ppiii",
+    **{f"paged_attention_{kind}": "pppppppppppipff" for kind in ("own", "int8", "fp8")},
 }
+SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # what scales of packed weights may be
 CACHED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8"}  # quantized caches that are read
 LONGEST_QUERY = 4  # more query tokens a request: matrix products over gathered pages are faster
 MOST_ROWS = 5  # more rows of x: unpacking the weights for a matrix product is faster
@@ -81,9 +84,20 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `reference.linear_rows`."""
+    x, weight = x.contiguous(), weight.contiguous()
+    rows, width = weight.shape
+    out = x.new_empty(*x.shape[:-1], rows)
+    bias_at = None if bias is None else bias.contiguous().data_ptr()
+    count = out.numel() // rows
+    _op("linear_rows", x.dtype)(x.data_ptr(), weight.data_ptr(), bias_at, out.data_ptr(), count, rows, width)
+    return out
+
+
 def stores(new: Tensor, pages: Pages) -> bool:
     """Whether `store_kv` has a compiled op for what is new and this cache."""
-    return pages.values.dtype in (new.dtype, torch.int8)
+    return pages.values.dtype in (new.dtype, torch.int8) and pages.fixed is None
 
 
 def store_kv(key: Tensor, value: Tensor, k: Pages, v: Pages, slots: Tensor) -> None:
@@ -105,20 +119,21 @@ def reads(query: Tensor, pages: Pages) -> bool:
     return pages.values.dtype == query.dtype or pages.values.dtype in CACHED
 
 
-def attend_rows(query: Tensor, k: Pages, v: Pages, out: Tensor, group: Rows, scale: float, window: int | None) -> None:
+def attend_rows(query: Tensor, k: Pages, v: Pages, out: Tensor, group: Rows, rule: Rule) -> None:
     """Paged attention of one group of rows, into its rows of `out` (T, H, Dv)."""
     query = _dense_rows(query)
     heads, dim = query.shape[1:]
     kv_heads, value_dim = v.values.shape[1:]
     requests, count = group.rows.shape
     shape = (count, heads, kv_heads, dim, value_dim, group.block_size, group.tables.shape[1], query.stride(0))
-    sizes = (ctypes.c_int64 * 9)(*shape, window or 0)
+    sizes = (ctypes.c_int64 * 10)(*shape, rule.window or 0, rule.chunk or 0)
     starts = group.rows[:, 0].contiguous()
     kind = CACHED.get(k.values.dtype, "own")
     table = _float8_table(k.values.dtype) if kind == "fp8" else None
-    tensors = (query, k.values, v.values, k.scales, v.scales, table, out, starts, group.tables, group.lengths)
+    paged = (k.values, v.values, k.scales, v.scales, table)
+    tensors = (query, *paged, rule.sinks, out, starts, group.tables, group.lengths)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    _op(f"paged_attention_{kind}", query.dtype)(*pointers, requests, sizes, scale)
+    _op(f"paged_attention_{kind}", query.dtype)(*pointers, requests, sizes, rule.scale, rule.softcap or 0.0)
 
 
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -130,13 +145,16 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tens
     count = x.numel() // width
     if count > MOST_ROWS:
         ordered = _in_code_order(x)
-        tiles = zip(*(torch.split(part, max(TILE // width, 1)) for part in (codes, scales, zeros)), strict=True)
-        parts = [F.linear(ordered, _unpack(c, s, z, x.dtype)) for c, s, z in tiles]
+        step = max(TILE // width, 1)
+        tiles = (slice(start, start + step) for start in range(0, rows, step))
+        one = len(zeros) == 1  # for all rows
+        parts = [F.linear(ordered, _unpack(codes[t], scales[t], zeros if one else zeros[t], x.dtype)) for t in tiles]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], rows)
     tensors = (x, codes, scales, zeros, out)
-    _op("int4_linear", x.dtype)(*(tensor.data_ptr() for tensor in tensors), count, rows, width, groups)
+    sizes = (count, rows, width, groups, SCALES[scales.dtype], int(zeros.numel() > 1))
+    _op("int4_linear", x.dtype)(*(tensor.data_ptr() for tensor in tensors), *sizes)
     return out
 
 
@@ -150,7 +168,17 @@ def _unpack(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) ->
     rows, groups = scales.shape
     out = torch.empty(rows, 2 * codes.shape[1], dtype=dtype)
     tensors = (codes, scales, zeros, out)
-    _op("int4_unpack", out.dtype)(*(tensor.data_ptr() for tensor in tensors), rows, out.shape[1], groups)
+    sizes = (rows, out.shape[1], groups, SCALES[scales.dtype], int(zeros.numel() > 1))
+    _op("int4_unpack", out.dtype)(*(tensor.data_ptr() for tensor in tensors), *sizes)
+    return out
+
+
+def nibbles(packed: Tensor, bits: int) -> Tensor:
+    """See `reference.nibbles`."""
+    rows, width = packed.shape
+    columns = width // bits * 8
+    out = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    _op("nibbles", None)(packed.data_ptr(), out.data_ptr(), rows, columns, bits)
     return out
 
 
@@ -171,9 +199,9 @@ def _float8_table(dtype: torch.dtype) -> Tensor:
 
 
 @cache
-def _op(name: str, dtype: torch.dtype) -> Any:
-    """The compiled op for a dtype, with its argument types declared."""
-    op = getattr(library(), f"llmopt_{name}_{SUFFIX[dtype]}")
+def _op(name: str, dtype: torch.dtype | None) -> Any:
+    """The compiled op for a dtype, if it has any, with its argument types declared."""
+    op = getattr(library(), f"llmopt_{name}" if dtype is None else f"llmopt_{name}_{SUFFIX[dtype]}")
     op.argtypes = [KINDS[kind] for kind in SIGNATURES[name]]
     op.restype = None
     return op

@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -126,6 +129,52 @@ float dot(const float* a, const T* b, int64_t n) {
     return sum;
 }
 
+// R rows of x times C rows of weights, one sum of sixteen lanes for each output: whatever R and C, an output's additions
+// come in the same order, so that it does not depend on what else is computed.
+template <int R, int C, typename T>
+void product(const T* x, const T* weight, const T* bias, T* out, int64_t k, int64_t n) {
+    f32x16 sums[R][C] = {};
+    int64_t i = 0;
+    for (; i + 16 <= k; i += 16) {
+        f32x16 w[C];
+        for (int c = 0; c < C; ++c) w[c] = load16(weight + c * k + i);
+        for (int r = 0; r < R; ++r) {
+            const f32x16 a = load16(x + r * k + i);
+            for (int c = 0; c < C; ++c) sums[r][c] += a * w[c];
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) {
+            float sum = total(sums[r][c]);
+            for (int64_t j = i; j < k; ++j) sum = std::fmaf(load(x[r * k + j]), load(weight[c * k + j]), sum);
+            store(out + r * n + c, bias ? sum + load(bias[c]) : sum);
+        }
+}
+
+// x (m, k) times weight (n, k) transposed: rows that do not depend on each other, bit for bit.
+template <typename T>
+void linear_rows(const T* x, const T* weight, const T* bias, T* out, int64_t m, int64_t n, int64_t k) {
+#ifdef __AVX512F__
+    constexpr int SIDE = 4;  // sums that fit in registers
+#else
+    constexpr int SIDE = 2;
+#endif
+    const int64_t blocks = (n + SIDE - 1) / SIDE;
+#pragma omp parallel for schedule(static) if (m * n * k > 32768)
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t at = block * SIDE;
+        const T *w = weight + at * k, *b = bias ? bias + at : nullptr;
+        int64_t row = 0;
+        if (at + SIDE <= n) {
+            for (; row + SIDE <= m; row += SIDE) product<SIDE, SIDE>(x + row * k, w, b, out + row * n + at, k, n);
+            for (; row < m; ++row) product<1, SIDE>(x + row * k, w, b, out + row * n + at, k, n);
+        }
+        for (; row < m; ++row)
+            for (int64_t c = 0; at + c < n; ++c)
+                product<1, 1>(x + row * k, w + c * k, b ? b + c : nullptr, out + row * n + at + c, k, n);
+    }
+}
+
 template <typename T>
 void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t n, float eps) {
 #pragma omp parallel for if (rows * n > 65536)
@@ -201,9 +250,36 @@ void store_int8(const T* from, int8_t* cache, float* scales, const int64_t* slot
 
 constexpr int64_t CHUNK = 128;  // columns whose codes fill one vector of sixteen 32-bit words
 
+// The scales of packed weights, as the file stored them: 0 float32, 1 bfloat16, 2 float16.
+struct Scales {
+    const void* at;
+    int64_t kind;
+    float operator[](int64_t i) const {
+        if (kind == 0) return static_cast<const float*>(at)[i];
+        const uint32_t bits = static_cast<const uint16_t*>(at)[i];
+#ifdef __F16C__
+        if (kind == 2) return _cvtsh_ss(bits);
+#endif
+        uint32_t wide = bits << 16;
+        float value;
+        if (kind == 2) wide = (bits & 0x7fff) << 13;  // exponent and fraction in float32's places, 112 powers too low
+        std::memcpy(&value, &wide, 4);
+        if (kind == 1) return value;
+        if ((bits & 0x7c00) == 0x7c00) return bits & 0x3ff ? NAN : bits & 0x8000 ? -INFINITY : INFINITY;
+        return bits & 0x8000 ? value * -0x1p112f : value * 0x1p112f;
+    }
+};
+
+// The zeros of packed weights: one for each group, or (`by` 0) one for all.
+struct Zeros {
+    const uint8_t* at;
+    int64_t by;
+    float operator[](int64_t i) const { return at[i * by]; }
+};
+
 // One output of a packed row: per group, scale * (sum of code * x - zero * sum of x). Nibble p of word w is column
 // 8w + p; `split` holds each chunk of x in that order, all first nibbles' columns, then all second ones'.
-float int4_dot(const uint8_t* codes, const float* scales, const uint8_t* zeros, const float* split, const float* sums,
+float int4_dot(const uint8_t* codes, Scales scales, Zeros zeros, int64_t first, const float* split, const float* sums,
                int64_t groups, int64_t chunks) {
     f32x16 sum{};
     float rest = 0;
@@ -217,17 +293,17 @@ float int4_dot(const uint8_t* codes, const float* scales, const uint8_t* zeros, 
                 two += floats(words >> (4 * p + 4) & 15) * load16(split + 16 * p + 16);
             }
         }
-        const float scale = scales[g];
+        const float scale = scales[first + g];
         sum += scale * (one + two);
-        rest += scale * static_cast<float>(zeros[g]) * sums[g];
+        rest += scale * zeros[first + g] * sums[g];
     }
     return total(sum) - rest;
 }
 
 // Few rows of x (m, k) times packed weights (n, k), which are read as they lie; groups are whole chunks.
 template <typename T>
-void int4_linear(const T* x, const uint8_t* codes, const float* scales, const uint8_t* zeros, T* out, int64_t m, int64_t n,
-                 int64_t k, int64_t groups) {
+void int4_linear(const T* x, const uint8_t* codes, Scales scales, Zeros zeros, T* out, int64_t m, int64_t n, int64_t k,
+                 int64_t groups) {
     const int64_t size = k / groups;
     std::vector<float> split(m * k), sums(m * groups);
     for (int64_t row = 0; row < m; ++row)
@@ -241,39 +317,65 @@ void int4_linear(const T* x, const uint8_t* codes, const float* scales, const ui
 #pragma omp parallel for schedule(static) if (n * k > 32768)
     for (int64_t row = 0; row < n; ++row)
         for (int64_t i = 0; i < m; ++i)
-            store(out + i * n + row, int4_dot(codes + row * k / 2, scales + row * groups, zeros + row * groups,
-                                              inputs + i * k, totals + i * groups, groups, size / CHUNK));
+            store(out + i * n + row, int4_dot(codes + row * k / 2, scales, zeros, row * groups, inputs + i * k,
+                                              totals + i * groups, groups, size / CHUNK));
 }
 
 // Weights (code - zero) * scale, columns in the order of int4_dot's `split`, for a product with x in the same order.
 template <typename T>
-void int4_unpack(const uint8_t* codes, const float* scales, const uint8_t* zeros, T* out, int64_t n, int64_t k,
-                 int64_t groups) {
+void int4_unpack(const uint8_t* codes, Scales scales, Zeros zeros, T* out, int64_t n, int64_t k, int64_t groups) {
     const int64_t chunks = k / CHUNK, per_group = chunks / groups;
 #pragma omp parallel for schedule(static) if (n * k > 32768)
     for (int64_t row = 0; row < n; ++row)
         for (int64_t c = 0; c < chunks; ++c) {
             const int64_t at = row * groups + c / per_group;
             const float scale = scales[at];
-            const int32_t zero = zeros[at];
+            const float zero = zeros[at];
             i32x16 words;
             std::memcpy(&words, codes + (row * chunks + c) * (CHUNK / 2), sizeof words);
-            for (int p = 0; p < 8; ++p) store16(out + (row * chunks + c) * CHUNK + 16 * p, scale * floats((words >> (4 * p) & 15) - zero));
+            for (int p = 0; p < 8; ++p) store16(out + (row * chunks + c) * CHUNK + 16 * p, scale * (floats(words >> (4 * p) & 15) - zero));
         }
 }
 
+// Codes of 2 or 3 bits to codes of 4: n rows of k columns, eight of which are a word of nibbles. A packed row is the low
+// two bits of all columns, then their third bits: 16 and 8 bits of a word, lowest column first.
+void nibbles(const uint8_t* packed, uint8_t* out, int64_t n, int64_t k, int64_t bits) {
+    const int64_t words = k / 8;
+#pragma omp parallel for schedule(static) if (n * k > 32768)
+    for (int64_t row = 0; row < n; ++row) {
+        const uint8_t *low = packed + row * words * bits, *high = low + words * 2;
+        uint8_t* to = out + row * words * 4;
+        for (int64_t w = 0; w < words; ++w) {
+            uint32_t x = low[2 * w] | static_cast<uint32_t>(low[2 * w + 1]) << 8;
+            x = (x | x << 8) & 0x00ff00ff;
+            x = (x | x << 4) & 0x0f0f0f0f;
+            x = (x | x << 2) & 0x33333333;
+            if (bits == 3) {
+                uint32_t y = high[w];
+                y = (y | y << 12) & 0x000f000f;
+                y = (y | y << 6) & 0x03030303;
+                y = (y | y << 3) & 0x11111111;
+                x |= y << 2;
+            }
+            std::memcpy(to + 4 * w, &x, 4);
+        }
+    }
+}
+
 struct Shape {
-    int64_t queries, heads, kv_heads, dim, value_dim, block_size, table_width, query_stride, window;
+    int64_t queries, heads, kv_heads, dim, value_dim, block_size, table_width, query_stride, window, chunk;
 };
 
 // One request, one KV head: all its query heads and query tokens, so that each key and value is read once per token.
 template <typename T, typename C>
-void attend(const T* query, const C* k, const C* v, const float* k_scales, const float* v_scales, T* out,
-            const int64_t* table, int64_t length, int64_t kv_head, const Shape& s, float scale,
+void attend(const T* query, const C* k, const C* v, const float* k_scales, const float* v_scales, const float* sinks,
+            T* out, const int64_t* table, int64_t length, int64_t kv_head, const Shape& s, float scale, float softcap,
             std::vector<float>& scratch) {
     const int64_t group = s.heads / s.kv_heads;
     for (int64_t row = 0; row < s.queries; ++row) {
-        const int64_t end = length - s.queries + row + 1, begin = s.window > 0 ? std::max<int64_t>(0, end - s.window) : 0;
+        const int64_t end = length - s.queries + row + 1;
+        const int64_t begin = std::max(s.window > 0 ? std::max<int64_t>(0, end - s.window) : 0,
+                                       s.chunk > 0 ? (end - 1) / s.chunk * s.chunk : 0);
         const int64_t seen = end - begin;
         scratch.resize(group * (s.dim + seen + s.value_dim));
         float *q = scratch.data(), *p = q + group * s.dim, *sum = p + group * seen;
@@ -287,11 +389,16 @@ void attend(const T* query, const C* k, const C* v, const float* k_scales, const
             for (int64_t g = 0; g < group; ++g) p[g * seen + t] = by * dot(q + g * s.dim, k + at * s.dim, s.dim);
         }
         for (int64_t g = 0; g < group; ++g) {
-            float *pg = p + g * seen, top = pg[0], total = 0;
+            float* pg = p + g * seen;
+            if (softcap > 0)
+                for (int64_t t = 0; t < seen; ++t) pg[t] = softcap * std::tanh(pg[t] / softcap);
+            const float sink = sinks ? sinks[kv_head * group + g] : -INFINITY;
+            float top = std::max(pg[0], sink), total = 0;
 #pragma omp simd reduction(max : top)
             for (int64_t t = 0; t < seen; ++t) top = std::max(top, pg[t]);
 #pragma omp simd reduction(+ : total)
             for (int64_t t = 0; t < seen; ++t) total += pg[t] = exp_fast(pg[t] - top);
+            if (sinks) total += exp_fast(sink - top);
             const float inverse = 1.0f / total;
 #pragma omp simd
             for (int64_t t = 0; t < seen; ++t) pg[t] *= inverse;
@@ -317,9 +424,9 @@ void attend(const T* query, const C* k, const C* v, const float* k_scales, const
 // k and v in the dtype of the query, or in 8-bit codes with a scale for each slot and head; `codes` is what those mean.
 template <typename T, typename C>
 void paged_attention(const T* query, const C* k, const C* v, const float* k_scales, const float* v_scales,
-                     const float* codes, T* out, const int64_t* rows, const int64_t* tables, const int64_t* lengths,
-                     int64_t requests, const int64_t* shape, float scale) {
-    const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], shape[7], shape[8]};
+                     const float* codes, const float* sinks, T* out, const int64_t* rows, const int64_t* tables,
+                     const int64_t* lengths, int64_t requests, const int64_t* shape, float scale, float softcap) {
+    const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], shape[7], shape[8], shape[9]};
     const int64_t tasks = requests * s.kv_heads;
 #pragma omp parallel if (tasks > 1)
     {
@@ -328,8 +435,9 @@ void paged_attention(const T* query, const C* k, const C* v, const float* k_scal
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; ++task) {
             const int64_t b = task / s.kv_heads;
-            attend(query + rows[b] * s.query_stride, k, v, k_scales, v_scales, out + rows[b] * s.heads * s.value_dim,
-                   tables + b * s.table_width, lengths[b], task % s.kv_heads, s, scale, scratch);
+            attend(query + rows[b] * s.query_stride, k, v, k_scales, v_scales, sinks,
+                   out + rows[b] * s.heads * s.value_dim, tables + b * s.table_width, lengths[b], task % s.kv_heads, s,
+                   scale, softcap, scratch);
         }
     }
 }
@@ -343,18 +451,22 @@ void paged_attention(const T* query, const C* k, const C* v, const float* k_scal
     void llmopt_rotary_##suffix(T* x, const T* c, const T* s, int64_t tokens, int64_t heads, int64_t dim, int64_t by) { \
         rotary(x, c, s, tokens, heads, dim, by);                                                                       \
     }                                                                                                                  \
+    void llmopt_linear_rows_##suffix(const T* x, const T* w, const T* bias, T* out, int64_t m, int64_t n, int64_t k) { \
+        linear_rows(x, w, bias, out, m, n, k);                                                                         \
+    }                                                                                                                  \
     void llmopt_silu_mul_##suffix(const T* x, T* out, int64_t rows, int64_t n) { silu_mul(x, out, rows, n); }          \
     void llmopt_store_rows_##suffix(const T* x, T* cache, const int64_t* slots, int64_t tokens, int64_t width,         \
                                     int64_t by) {                                                                      \
         store_rows(x, cache, slots, tokens, width, by);                                                                \
     }                                                                                                                  \
-    void llmopt_int4_linear_##suffix(const T* x, const uint8_t* codes, const float* scales, const uint8_t* zeros, T* out,   \
-                                     int64_t m, int64_t n, int64_t k, int64_t groups) {                                \
-        int4_linear(x, codes, scales, zeros, out, m, n, k, groups);                                                    \
+    void llmopt_int4_linear_##suffix(const T* x, const uint8_t* codes, const void* scales, const uint8_t* zeros,       \
+                                     T* out, int64_t m, int64_t n, int64_t k, int64_t groups, int64_t kind,            \
+                                     int64_t by) {                                                                     \
+        int4_linear(x, codes, Scales{scales, kind}, Zeros{zeros, by}, out, m, n, k, groups);                           \
     }                                                                                                                  \
-    void llmopt_int4_unpack_##suffix(const uint8_t* codes, const float* scales, const uint8_t* zeros, T* out, int64_t n,    \
-                                     int64_t k, int64_t groups) {                                                      \
-        int4_unpack(codes, scales, zeros, out, n, k, groups);                                                          \
+    void llmopt_int4_unpack_##suffix(const uint8_t* codes, const void* scales, const uint8_t* zeros, T* out,           \
+                                     int64_t n, int64_t k, int64_t groups, int64_t kind, int64_t by) {                 \
+        int4_unpack(codes, Scales{scales, kind}, Zeros{zeros, by}, out, n, k, groups);                                 \
     }                                                                                                                  \
     void llmopt_store_int8_##suffix(const T* x, int8_t* cache, float* scales, const int64_t* slots, int64_t tokens,    \
                                     int64_t heads, int64_t dim, int64_t by) {                                          \
@@ -366,13 +478,17 @@ void paged_attention(const T* query, const C* k, const C* v, const float* k_scal
 
 #define ATTENTION(T, C, cached, suffix)                                                                                \
     void llmopt_paged_attention_##cached##_##suffix(                                                                   \
-        const T* q, const C* k, const C* v, const float* k_scales, const float* v_scales, const float* codes, T* out,  \
-        const int64_t* rows, const int64_t* tables, const int64_t* lengths, int64_t requests, const int64_t* shape,    \
-        float scale) {                                                                                                 \
-        paged_attention(q, k, v, k_scales, v_scales, codes, out, rows, tables, lengths, requests, shape, scale);       \
+        const T* q, const C* k, const C* v, const float* k_scales, const float* v_scales, const float* codes,          \
+        const float* sinks, T* out, const int64_t* rows, const int64_t* tables, const int64_t* lengths,                \
+        int64_t requests, const int64_t* shape, float scale, float softcap) {                                          \
+        paged_attention(q, k, v, k_scales, v_scales, codes, sinks, out, rows, tables, lengths, requests, shape, scale, \
+                        softcap);                                                                                      \
     }
 
 extern "C" {
+void llmopt_nibbles(const uint8_t* packed, uint8_t* out, int64_t n, int64_t k, int64_t bits) {
+    nibbles(packed, out, n, k, bits);
+}
 EXPORT(float, f32)
 EXPORT(bf16, bf16)
 }

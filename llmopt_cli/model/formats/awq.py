@@ -109,6 +109,7 @@ AWQ = Format(
     misfit=misfit,
     config=config,
     parse_config=parse_config,
+    head_key="lm_head",
 )
 
 

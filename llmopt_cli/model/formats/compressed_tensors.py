@@ -265,4 +265,5 @@ COMPRESSED_TENSORS = Format(
     misfit=misfit,
     config=config,
     parse_config=parse_config,
+    cache_key="kv_cache_scheme",
 )

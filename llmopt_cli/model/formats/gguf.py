@@ -16,7 +16,7 @@ from torch import Tensor
 from llmopt_cli.errors import CheckpointError
 from llmopt_cli.model.codes import GgmlCodes
 from llmopt_cli.model.formats.layout import Format, Schemes, check, taken
-from llmopt_cli.spec.gguf import BLOCK_TYPES
+from llmopt_cli.spec.gguf import BLOCK_TYPES, block_of
 from llmopt_cli.spec.gguf_checkpoint import GgufHeader
 from llmopt_cli.spec.scheme import Scheme
 
@@ -32,16 +32,16 @@ def block_scheme(name: str) -> Scheme:
 
 def pack(weight: GgmlCodes, scheme: Scheme) -> dict[str, Tensor]:
     """The stored tensors of one linear, by suffix."""
-    assert weight.type == scheme.name
+    assert weight.type == block_of(scheme.name)
     return {"blocks": weight.codes.cpu().contiguous()}
 
 
 def unpack(parts: Mapping[str, Tensor], scheme: Scheme) -> GgmlCodes:
     """The linear in its stored tensors."""
     [blocks] = taken(parts, "blocks")
-    nbytes = BLOCK_TYPES[scheme.name].nbytes
-    check(blocks.ndim == 2 and blocks.shape[1] % nbytes == 0, parts, f"rows of {scheme.name} blocks")
-    return GgmlCodes(blocks, scheme.name)
+    kind = BLOCK_TYPES[block_of(scheme.name)]
+    check(blocks.ndim == 2 and blocks.shape[1] % kind.nbytes == 0, parts, f"rows of {kind.name} blocks")
+    return GgmlCodes(blocks, kind.name)
 
 
 def misfit(out_features: int, in_features: int, scheme: Scheme) -> str | None:

@@ -184,6 +184,7 @@ def _format(version: int, engines: Mapping[str, str]) -> Format:
         config=partial(config, version=version),
         parse_config=parse_config,
         config_copy="quantize_config.json",
+        head_key="lm_head",
     )
 
 

@@ -44,7 +44,8 @@ class Format:
 
     `suffixes` are all that a linear may have, `markers` those of which a quantized one has at least one. `engines`
     says who loads the files, as far as it is known: "yes", or on what condition. `config_copy` is a file beside
-    config.json that older readers look for the config in.
+    config.json that older readers look for the config in. `head_key` of the config says whether the output head is
+    quantized, `cache_key` which scales of a KV cache are stored: None where there is nothing to say it with.
     """
 
     name: str
@@ -59,6 +60,8 @@ class Format:
     config: Callable[[Scheme, Sequence[str], Mapping[str, Scheme]], dict[str, Any]]
     parse_config: Callable[[Mapping[str, Any]], Schemes]
     config_copy: str | None = None
+    head_key: str | None = None
+    cache_key: str | None = None
 
     def linears(self, names: Collection[str]) -> dict[str, dict[str, str]]:
         """Of a checkpoint with tensors of these names, what each quantized linear is stored as: suffix -> name."""
