@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from hypothesis import settings
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "llmopt_cli" / "assets" / "bookworm-6m"
@@ -76,6 +78,35 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_lora(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes an adapter folder as peft saves it, for the linears of a checkpoint folder whose names end so.
+
+    Its factors are random, of `ranks` by name and else of rank `r`; they are strong enough to change what is said.
+    """
+
+    def write(
+        base: Path, ends: list[str], seed: int, r: int = 4, ranks: dict[str, int] | None = None, **more: Any
+    ) -> Path:
+        folder, generator = tmp_path_factory.mktemp("lora"), torch.Generator().manual_seed(seed)
+        factors: dict[str, torch.Tensor] = {}
+        for name, weight in load_file(base / "model.safetensors").items():
+            linear, (rows, columns) = name.removesuffix(".weight"), (weight.shape * 2)[:2]
+            if linear.rpartition(".")[2] in ends and name.endswith(".weight"):
+                rank = (ranks or {}).get(linear, r)
+                shapes = {"A": (rank, columns), "B": (rows, rank)}
+                factors |= {
+                    f"base_model.model.{linear}.lora_{part}.weight": torch.randn(shape, generator=generator) * 0.12
+                    for part, shape in shapes.items()
+                }
+        save_file(factors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "target_modules": ends, "r": r}
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8} | more))
+        return folder
+
+    return write
 
 
 def _make(family: str, folder: Path, changes: dict[str, Any]) -> Path:

@@ -6,6 +6,7 @@ Imports torch and nothing of llmopt.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmopt_kernels import cpu, reference, rowwise
@@ -23,6 +24,7 @@ __all__ = [
     "Span",
     "attend",
     "int4_linear",
+    "linear",
     "nibbles",
     "pack_low",
     "paged_attention",
@@ -48,6 +50,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See `reference.silu_mul`."""
     return cpu.silu_mul(gate_up) if cpu.fits(gate_up) else reference.silu_mul(gate_up)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As torch's: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
+    ours = cpu.multiplies(x, weight) and not rowwise.active()
+    return cpu.linear(x, weight, bias) if ours else F.linear(x, weight, bias)
 
 
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

@@ -89,6 +89,11 @@ class Rows:
     _masks: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict)
 
     @cached_property
+    def starts(self) -> Tensor:
+        """(B,) the first row of each request."""
+        return self.rows[:, 0].contiguous()
+
+    @cached_property
     def slots(self) -> Tensor:
         """(B, L) the slots of all cached tokens, up to the longest request."""
         offsets = torch.arange(self.block_size, device=self.tables.device)

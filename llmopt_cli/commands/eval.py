@@ -44,7 +44,8 @@ def eval(  # noqa: A001 - the verb
     from llmopt_cli.quant.evaluate import evaluate
 
     out = Output(as_json=as_json, quiet=quiet)
-    found = evaluate(base, other, out.progress, text or EVALUATION, samples, seq_len, seed, device or "auto")
+    judged_by = EVALUATION if text is None else text
+    found = evaluate(base, other, out.progress, judged_by, samples, seq_len, seed, device or "auto")
     out.result(asdict(found), lambda: _render(found))
 
 

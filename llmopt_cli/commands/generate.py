@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,7 @@ def generate(
     enable_prefix_caching: options.PrefixCachingOpt = None,
     kv_cache_dtype: options.KvDtypeOpt = None,
     deterministic: options.DeterministicOpt = None,
+    lora: Annotated[Path | None, typer.Option("--lora", help="A LoRA adapter in peft's format to answer with.")] = None,
     trust_remote_code: options.TrustOpt = False,
     as_json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
@@ -53,6 +55,7 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
+        adapter="lora" if lora else "",
     )
 
     from llmopt_cli.runtime import Engine
@@ -63,7 +66,7 @@ def generate(
     batching |= {"enable_prefix_caching": enable_prefix_caching, "deterministic": deterministic}
     recipe = Recipe.resolve(None, model=model, **flags, **batching)
     with out.progress(f"loading {model}") as report:
-        engine = Engine.from_recipe(recipe, trust_remote_code, report)
+        engine = Engine.from_recipe(recipe, trust_remote_code, report, {"lora": lora} if lora else None)
     tokenizer = engine.tokenizer
     ids = [tokenizer.chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text) for text in prompts]
     with out.progress("generating") as report:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmopt_cli.errors import UsageError
 from llmopt_cli.options import (
     BatchingOpt,
     BlockSizeOpt,
@@ -42,6 +43,15 @@ PortOpt = Annotated[int, typer.Option("--port", min=0, max=65535, help="The port
 QueueOpt = Annotated[
     int, typer.Option("--max-num-queued-reqs", min=0, help="Requests that may wait; more are answered 429.")
 ]
+LoraOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora-modules",
+        metavar="NAME=FOLDER",
+        help="A LoRA adapter in peft's format, served as the model NAME. More of them may follow, or give it again.",
+    ),
+]
+MoreLorasArg = Annotated[list[str] | None, typer.Argument(hidden=True)]  # as vLLM reads them: all in one go
 DrainOpt = Annotated[
     float, typer.Option("--shutdown-timeout", min=0, help="Seconds that running requests get to finish at a signal.")
 ]
@@ -50,6 +60,7 @@ DrainOpt = Annotated[
 def serve(
     context: typer.Context,
     model: RecipeModelArg = None,
+    more_loras: MoreLorasArg = None,
     host: HostOpt = "127.0.0.1",
     port: PortOpt = 8000,
     served_model_name: NameOpt = None,
@@ -69,6 +80,7 @@ def serve(
     long_prefill_token_threshold: LongPrefillOpt = None,
     deterministic: DeterministicOpt = None,
     schedule_log: ScheduleLogOpt = None,
+    lora_modules: LoraOpt = None,
     max_num_queued_reqs: QueueOpt = 512,
     shutdown_timeout: DrainOpt = 30.0,
     trust_remote_code: TrustOpt = False,
@@ -78,6 +90,7 @@ def serve(
     """Serve a model over OpenAI's API, with continuous batching and a paged KV cache."""
     from llmopt_cli.server.app import run
     from llmopt_cli.server.service import Settings
+    from llmopt_cli.spec.adapter import named_folders
     from llmopt_cli.spec.recipe import Recipe
 
     deployment = Recipe.resolve(recipe, model=model, **recipe_flags(context))
@@ -91,7 +104,10 @@ def serve(
         schedule_log=schedule_log,
     )
     out = Output(as_json=as_json, quiet=quiet)
-    run(deployment, settings, trust_remote_code, lambda report: _announce(out, report))
+    if more_loras and not lora_modules:
+        raise UsageError(f"there is no place for `{more_loras[0]}`", "give one model")
+    adapters = named_folders([*(lora_modules or ()), *(more_loras or ())])
+    run(deployment, settings, trust_remote_code, lambda report: _announce(out, report), adapters)
 
 
 def _announce(out: Output, report: dict[str, Any]) -> None:
@@ -103,6 +119,7 @@ def _announce(out: Output, report: dict[str, Any]) -> None:
         ("model", f"{report['model']} ({report['dtype']} on {report['device']})"),
         ("memory", f"{_mib(report, 'memory')}, {_mib(report, 'free')} of it free beside the weights"),
         ("weights", _mib(report, "weights")),
+        *([("adapters", ", ".join(report["adapters"]))] if report["adapters"] else []),
         ("a step", f"{_mib(report, 'activations')} at its peak"),
         ("KV cache", f"{_mib(report, 'kv_cache')}: {report['kv_cache_tokens']:,} tokens in {report['kv_cache_dtype']}"),
         ("blocks", f"{report['num_blocks']:,} of {report['block_size']} tokens"),

@@ -71,8 +71,9 @@ def attend(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, rule: R
 
     Outside of a step the T tokens are one sequence without a past. A `reach` known from masks wins over the rule's.
     """
-    if layer.reach is not None:
-        rule = replace(rule, window=layer.reach.window, chunk=layer.reach.chunk)
+    reach = layer.reach
+    if reach is not None and (reach.window, reach.chunk) != (rule.window, rule.chunk):
+        rule = replace(rule, window=reach.window, chunk=reach.chunk)
     batch = layer.context.batch
     if batch is None:
         shape = (key.shape[1], key.shape[2], value.shape[2])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmopt_cli.model.attention import AttentionContext, LayerFacts, PagedLayer, attend, note_mask
-from llmopt_cli.model.linear import CodedLinear, JoinedLinear, MergedLinear, PackedLinear, merge
+from llmopt_cli.model.linear import CodedLinear, DenseLinear, JoinedLinear, MergedLinear, PackedLinear, merge
 from llmopt_kernels import Rule, rms_norm, rotary, silu_mul
 
 TOKENS = 5  # of the random input that a fused block is verified on
@@ -109,7 +109,16 @@ def fuse(model: nn.Module) -> dict[str, int]:
                     setattr(parent, name, ours)
                     fused[kind] += 1
                 break
+    _swap_products(model)
     return fused
+
+
+def _swap_products(model: nn.Module) -> None:
+    """Let the linears that are left multiply as ours do. Those that inherit from nn.Linear may mean something else."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, DenseLinear.of(child))
 
 
 def named_slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

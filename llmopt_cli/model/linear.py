@@ -18,7 +18,7 @@ from llmopt_cli.model.codes import Codes, FloatCodes, GgmlCodes, IntCodes, Neste
 from llmopt_cli.model.inputs import round_inputs
 from llmopt_cli.spec.gguf import BLOCK_TYPES, block_of
 from llmopt_cli.spec.scheme import Scheme
-from llmopt_kernels import int4_linear, nibbles, pack_low
+from llmopt_kernels import int4_linear, linear, nibbles, pack_low
 
 NIBBLE = 4  # bits: codes of so many are packed two a byte, of fewer as `pack_low` does
 OCTET = 8  # columns whose codes of fewer bits are whole bytes
@@ -35,6 +35,7 @@ class MergedLinear(nn.Module):
         first = next(iter(members.values()))
         rows = sum(member.out_features for member in members.values())
         self.members = {name: member.out_features for name, member in members.items()}
+        self.in_features = first.in_features
         self.weight = nn.Parameter(first.weight.new_empty(rows, first.in_features), requires_grad=False)
         self.bias = None
         if first.bias is not None:
@@ -42,11 +43,27 @@ class MergedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run all members at once."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def slots(self) -> Iterator[tuple[str, Tensor]]:
         """(`member.weight`, its rows) for every member and tensor."""
         return member_slots(self.members, {"weight": self.weight, "bias": self.bias})
+
+
+class DenseLinear(nn.Linear):
+    """A linear that is no member of others, with our product in place of torch's."""
+
+    @classmethod
+    def of(cls, plain: nn.Linear) -> Self:
+        """The same linear, holding the same tensors."""
+        # Weights on the meta device cost nothing to make and to throw away.
+        ours = cls(plain.in_features, plain.out_features, bias=False, device="meta")
+        ours.weight, ours.bias = plain.weight, plain.bias
+        return ours
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
+        """(..., in) -> (..., out)."""
+        return linear(input, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from llmopt_cli.quant.grid import divide_rows, relative_error
 from llmopt_cli.quant.methods import METHODS, Method
 from llmopt_cli.quant.rotate import Rotation
 from llmopt_cli.quant.skeleton import rounded_inputs
-from llmopt_cli.quant.solved import Solved
+from llmopt_cli.quant.solved import RangeError, Solved
 from llmopt_cli.quant.structure import Group, Producer, find_stages, fold
 from llmopt_cli.quant.walk import Seen
 from llmopt_cli.spec.scheme import Scheme
@@ -108,7 +108,11 @@ def quantize_block(block: nn.Module, where: str, groups: Sequence[Group], watch:
     at_work = _Block(block, where, settings, made)
     for stage in find_stages(block, groups):
         for group, seen in zip(stage, watch(stage), strict=True):
-            at_work.quantize(group, seen)
+            try:
+                at_work.quantize(group, seen)
+            except RangeError:
+                names = "`, `".join(at_work.full(linear) for linear in group.linears)
+                raise RangeError(f"a weight of `{names}`") from None
     return made
 
 

@@ -40,10 +40,11 @@ class Corpus:
 
     @classmethod
     def read(cls, source: str | Path) -> Corpus:
-        """Read `*.jsonl`, any other file as one text, or a data set of the hub; UsageError if it is none of them."""
+        """Read `*.jsonl`, any other file as one text, or a data set: of the hub or in a folder. UsageError if none."""
         path = Path(source)
-        if not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", str(source)) and not path.suffix:
-            return cls(str(source), _dataset(str(source)))
+        named = not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", str(source)) and not path.suffix
+        if path.is_dir() or named:
+            return cls(path.name if path.is_dir() else str(source), _dataset(str(source)))
         try:
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -176,7 +177,7 @@ def _text_of(row: Any) -> Text:
 
 
 def _dataset(name: str) -> tuple[Text, ...]:
-    """Rows of the split `train` of a data set `owner/name` or `owner/name:config`."""
+    """Rows of the split `train` of a data set `owner/name` or `owner/name:config`, or of the files of a folder."""
     if importlib.util.find_spec("datasets") is None:
         raise UsageError(
             f"there is no file `{name}`, and data sets of the hub need the package `datasets`",

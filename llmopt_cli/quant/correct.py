@@ -21,10 +21,13 @@ def corrected(
     the layer puts out and y' what would be wanted in its place: W x' of the inputs that the unquantized model has, as
     in the paper; or, for a layer that adds to the residual stream, whatever makes the sum what it is there (LoaQ,
     arXiv 2509.06297), since the stream's own errors are much of what is lost. W + c owed (H + d)^-1 is for c = 1 and
-    d = 0 the least squares solution.
+    d = 0 the least squares solution. A singular H corrects nothing.
     """
     mean = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     square = gram.clone()
     square.diagonal().add_(damping * mean)
-    change: Tensor = torch.linalg.solve(square, owed, left=False)
-    return weight + strength * change
+    lower, failed = torch.linalg.cholesky_ex(square)
+    if int(failed):
+        return weight
+    del square
+    return torch.cholesky_solve(owed.T, lower).T.mul_(strength).add_(weight)

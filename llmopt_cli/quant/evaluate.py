@@ -19,6 +19,7 @@ from llmopt_cli.errors import ModelError
 from llmopt_cli.model.load import pick_device
 from llmopt_cli.output import Report
 from llmopt_cli.quant.calibrate import EVALUATION, Corpus, TextUsed, read_tokenizer, sample, windows
+from llmopt_cli.quant.preflight import known
 from llmopt_cli.quant.quality import Quality, compare_pairs
 from llmopt_cli.quant.skeleton import Skeleton
 from llmopt_cli.quant.streams import Stream
@@ -63,7 +64,7 @@ def evaluate(
         )
     corpus = Corpus.read(text)
     length = min(seq_len, *(checkpoint.spec.max_context or seq_len for checkpoint in checkpoints))
-    ids = sample(windows(corpus, read_tokenizer(checkpoints[0]), length), samples, seed)
+    ids = sample(known(windows(corpus, read_tokenizer(checkpoints[0]), length), checkpoints[0]), samples, seed)
     place = pick_device(device)
     with (
         tempfile.TemporaryDirectory(prefix="llmopt-eval-") as folder,
@@ -74,7 +75,7 @@ def evaluate(
         streams = [_through(walk, ids, Path(folder) / str(index), progress) for index, walk in enumerate(walks)]
         with progress("comparing") as report, one.outside(), two.outside():
             batches = zip(torch.split(ids, 1), *(stream.batches(1) for stream in streams), strict=True)
-            pairs = ((walks[0].logits(x, ours), walks[1].logits(x, theirs), x) for x, ours, theirs in batches)
+            pairs = ((partial(walks[0].at, x, one), partial(walks[1].at, x, two), x) for x, one, two in batches)
             quality = compare_pairs(pairs, len(ids), report)
     sizes = [checkpoint.nbytes for checkpoint in checkpoints]
     return Comparison(base, other, TextUsed.of(corpus, ids), quality, *sizes)

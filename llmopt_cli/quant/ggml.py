@@ -16,9 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llmopt_cli.errors import ModelError
 from llmopt_cli.model.codes import GgmlCodes
 from llmopt_cli.model.ggml import gathered, halves, pairs_6bit
+from llmopt_cli.quant.solved import RangeError
 from llmopt_cli.spec.gguf import BLOCK_TYPES, SUPER_BLOCK
 
 WEIGHTS_AT_ONCE = 2**17  # more fall out of the cache
@@ -34,7 +34,7 @@ def encode(weight: Tensor, name: str, importance: Tensor | None = None) -> GgmlC
     """Quantize `weight` float [out, in] into blocks of the type `name`, whose size must divide the rows.
 
     `importance` float32 [in]. Peak memory: the result and some 20 float32 copies of WEIGHTS_AT_ONCE weights. Raises
-    ModelError if a number is not finite or too large for the scales, which are float16.
+    RangeError if a number is not finite or too large for the scales, which are float16.
     """
     kind = BLOCK_TYPES[name]
     rows, columns = weight.shape
@@ -45,7 +45,7 @@ def encode(weight: Tensor, name: str, importance: Tensor | None = None) -> GgmlC
     blocks = [ENCODERS[name](part.float().view(len(part), -1, kind.size), importance) for part in parts]
     codes = GgmlCodes(torch.cat(blocks).view(rows, -1), name)
     if not bool(codes.dequantize().isfinite().all()):
-        raise ModelError("a weight is too large for a float16 scale, or not a number")
+        raise RangeError
     return codes
 
 

@@ -48,10 +48,11 @@ def factor(gram: Tensor, order: Tensor) -> tuple[Tensor | None, float]:
 
     Single precision is enough nearly always; None if H is not positive under any damping.
     """
+    last_first = order.flip(0)
     for damping in DAMPINGS:
         for dtype in (torch.float32, torch.float64):
-            square = gram[order[:, None], order].to(dtype)
-            square.diagonal().add_(_ridge(gram, damping)[order])
+            square = gram[last_first[:, None], last_first].to(dtype)
+            square.diagonal().add_(_ridge(gram, damping)[last_first])
             upper = _inverse_factor(square)
             if upper is not None:
                 return upper.float(), damping
@@ -66,13 +67,19 @@ def _ridge(gram: Tensor, damping: float) -> Tensor:
     return torch.where(alive, damping * mean, mean)
 
 
-def _inverse_factor(square: Tensor) -> Tensor | None:
-    square, failed = torch.linalg.cholesky_ex(square)
+def _inverse_factor(last_first: Tensor) -> Tensor | None:
+    """U of H, of which rows and columns are given last first: so its Cholesky factor, turned back, is H = R R^T.
+
+    R is upper triangular, and U its inverse: half the work, and half the matrices, of inverting H and factoring that.
+    """
+    lower, failed = torch.linalg.cholesky_ex(last_first)
     if int(failed):
         return None
-    square = torch.cholesky_inverse(square)
-    square, failed = torch.linalg.cholesky_ex(square, upper=True)
-    return square if not int(failed) and bool(square.isfinite().all()) else None
+    turned = lower.flip(0, 1)
+    del lower
+    upper = torch.eye(len(turned), dtype=turned.dtype, device=turned.device)
+    torch.linalg.solve_triangular(turned, upper, upper=True, out=upper)
+    return upper if bool(upper.sum().isfinite()) else None
 
 
 def _of_inputs(grid: Grid, inputs: int) -> Grid:

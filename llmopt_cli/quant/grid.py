@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmopt_cli.errors import ModelError
 from llmopt_cli.model.codes import IntCodes
+from llmopt_cli.quant.solved import RangeError
 from llmopt_cli.spec.scheme import Scheme
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
@@ -125,7 +125,7 @@ def storable(scales: Tensor) -> Tensor:
 
 def _refuse_infinite(scales: Tensor) -> None:
     if not bool(scales.isfinite().all()):
-        raise ModelError("a weight is too large for a float16 scale, or not a number")
+        raise RangeError
 
 
 def _bounds(groups: Tensor) -> tuple[Tensor, Tensor]:

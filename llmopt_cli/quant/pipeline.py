@@ -115,13 +115,13 @@ class Pipeline:
         base, ours = (self._stream(name, self.blocks) for name in (BASE, OURS))
         ends = self.ends.weights()
 
-        def judged(ids: Tensor, hidden: Tensor) -> Tensor:
+        def judged(ids: Tensor, hidden: Tensor, positions: slice) -> Tensor:
             with self.skeleton.holding(ends):
-                return self.walk.logits(ids, hidden)
+                return self.walk.at(ids, hidden, positions)
 
         with self.skeleton.outside():
             pairs = (
-                (self.walk.logits(ids, one), judged(ids, other), ids)
+                (partial(self.walk.at, ids, one), partial(judged, ids, other), ids)
                 for ids, one, other in zip(torch.split(self.judged, 1), base.batches(1), ours.batches(1), strict=True)
             )
             return compare_pairs(pairs, len(self.judged), report)
@@ -230,9 +230,14 @@ class Pipeline:
         """Let the calibration text through the unquantized block; what it has where errors will be looked for."""
         paths = {name: self.work.stream(f"{TRUE}.{name}", index) for name in places(block, groups).values()}
         paths[""] = self.work.stream(TRUE, index + 1)
-        run = partial(self.walk.run, index)
-        states = (caught(block, list(paths), (), partial(run, hidden))[0] for hidden in self._batches(TRUE, index))
-        return Stream.write_all(paths, states)
+
+        def states() -> Iterator[dict[str, Tensor]]:
+            for hidden in self._batches(TRUE, index):
+                found, _ = caught(block, list(paths), (), partial(self.walk.run, index, hidden))
+                # Some blocks hand their MLP the tokens of all windows in one row.
+                yield {name: state.reshape(*hidden.shape[:2], -1) for name, state in found.items()}
+
+        return Stream.write_all(paths, states())
 
     def _watch(
         self, name: str, index: int, block: nn.Module, plain: Mapping[str, Stream], groups: Sequence[Group]

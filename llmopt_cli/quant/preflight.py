@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmopt_cli.errors import CapacityError, CheckpointError, ModelError
 from llmopt_cli.model.formats.layout import Format
@@ -98,6 +98,17 @@ def refuse_not_quantizable(checkpoint: Checkpoint) -> Checkpoint:
         method = checkpoint.quantization.get("quant_method")
         raise CheckpointError(f"`{checkpoint.name}` is quantized already ({method})", "give the model it was made from")
     return checkpoint
+
+
+def known(ids: Tensor, checkpoint: Checkpoint) -> Tensor:
+    """`ids`; CheckpointError if the model has no embedding for one of them: the tokenizer is another model's."""
+    if int(ids.max()) >= checkpoint.spec.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer beside `{checkpoint.name}` makes token {int(ids.max()):,}, "
+            f"and the model has {checkpoint.spec.vocab_size:,}",
+            "put the model's own tokenizer there",
+        )
+    return ids
 
 
 def misfits(layout: Layout, form: Format, scheme: Scheme) -> dict[str, str]:

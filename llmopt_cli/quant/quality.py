@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from llmopt_cli.errors import ModelError
 from llmopt_cli.output import Report
 
 Logits = Callable[[Tensor], Tensor]  # token ids int64 [1, L] -> logits [1, L, vocabulary]
+Positions = Callable[[slice], Tensor]  # some of a window's positions -> logits [1, T, vocabulary] there
+TILE = 32  # positions at once
 RESAMPLES = 500
 SEED = 0  # of the resampling: the same measurements have the same interval
 CONVENTION = "windows do not overlap; every token but a window's first is scored"
@@ -50,8 +54,7 @@ class Quality:
     top1_agreement: Interval
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenScores:
+class TokenScores(NamedTuple):
     """Per scored token, each float32 [windows, L - 1]: the true token's log-probabilities, KL, same argmax or not."""
 
     base: Tensor
@@ -63,33 +66,38 @@ class TokenScores:
 @torch.inference_mode()
 def compare(base: Logits, other: Logits, windows: Tensor, report: Report) -> Quality:
     """Measure on token ids int64 [N, L], N of at least 2. ModelError if logits are not finite."""
-    pairs = ((base(ids), other(ids), ids) for ids in torch.split(windows, 1))
+    both = ((base(ids), other(ids), ids) for ids in torch.split(windows, 1))
+    pairs = ((partial(_at, one), partial(_at, two), ids) for one, two, ids in both)
     return compare_pairs(pairs, len(windows), report)
 
 
+def _at(logits: Tensor, positions: slice) -> Tensor:
+    return logits[:, positions]
+
+
 @torch.inference_mode()
-def compare_pairs(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], count: int, report: Report) -> Quality:
-    """Measure on (base logits, other logits, token ids) of `count` windows, one at a time, at least 2."""
+def compare_pairs(pairs: Iterable[tuple[Positions, Positions, Tensor]], count: int, report: Report) -> Quality:
+    """Measure on (base, other, token ids [1, L]) of `count` windows, at least 2. Peak memory: logits of TILE tokens."""
     assert count > 1
     scored = []
     for done, (base, other, ids) in enumerate(pairs, start=1):
-        scored.append(score(base, other, ids))
+        tiles = [slice(at, min(at + TILE, ids.shape[1] - 1)) for at in range(0, ids.shape[1] - 1, TILE)]
+        parts = [score(base(tile), other(tile), ids[:, tile.start + 1 : tile.stop + 1]) for tile in tiles]
+        scored.append([torch.cat(field, 1) for field in zip(*parts, strict=True)])
         report(done, count)
-    return summarize(
-        TokenScores(*(torch.cat([getattr(one, name) for one in scored]) for name in ("base", "other", "kl", "same")))
-    )
+    return summarize(TokenScores(*(torch.cat(field) for field in zip(*scored, strict=True))))
 
 
-def score(base_logits: Tensor, other_logits: Tensor, ids: Tensor) -> TokenScores:
-    """Score logits [B, L, V] of both models on ids [B, L]; position t predicts token t + 1."""
-    base, other = (logits[:, :-1].float().log_softmax(-1) for logits in (base_logits, other_logits))
+def score(base_logits: Tensor, other_logits: Tensor, true: Tensor) -> TokenScores:
+    """Score logits [B, T, V] of both models, where the tokens `true` [B, T] came next."""
+    base, other = (logits.float().log_softmax(-1) for logits in (base_logits, other_logits))
     if not bool(base.isfinite().all() and other.isfinite().all()):
         raise ModelError("the model's logits are not finite numbers, so its quality can't be measured")
-    true = ids[:, 1:, None].to(base.device)
+    found = true[..., None].to(base.device)
     kl = (base.exp() * (base - other)).sum(-1).clamp(min=0)  # rounding may put a vanishing KL below zero
     same = (base.argmax(-1) == other.argmax(-1)).float()
     return TokenScores(
-        *(part.cpu() for part in (base.gather(-1, true)[..., 0], other.gather(-1, true)[..., 0], kl, same))
+        *(part.cpu() for part in (base.gather(-1, found)[..., 0], other.gather(-1, found)[..., 0], kl, same))
     )
 
 

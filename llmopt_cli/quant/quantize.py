@@ -35,6 +35,7 @@ from llmopt_cli.quant.outside import embedding_and_head, untied, with_head
 from llmopt_cli.quant.pipeline import Pipeline
 from llmopt_cli.quant.preflight import (
     Layout,
+    known,
     refuse_full_disk,
     refuse_misfits,
     refuse_not_finite,
@@ -152,8 +153,8 @@ def read_texts(job: Job, checkpoint: Checkpoint) -> Texts:
     refuse_overlap(calibration, evaluation)
     tokenizer = read_tokenizer(checkpoint)
     length = min(job.seq_len, checkpoint.spec.max_context or job.seq_len)
-    fitted = sample(windows(calibration, tokenizer, length), job.samples, job.seed)
-    judged = sample(windows(evaluation, tokenizer, length), EVALUATION_WINDOWS, job.seed)
+    fitted = sample(known(windows(calibration, tokenizer, length), checkpoint), job.samples, job.seed)
+    judged = sample(known(windows(evaluation, tokenizer, length), checkpoint), EVALUATION_WINDOWS, job.seed)
     return Texts(calibration, evaluation, fitted, judged)
 
 

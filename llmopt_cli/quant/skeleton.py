@@ -26,6 +26,9 @@ from llmopt_cli.quant.structure import find_blocks
 from llmopt_cli.spec.checkpoint import Checkpoint
 from llmopt_cli.spec.scheme import Scheme
 
+M_MMAP_THRESHOLD = -3  # a parameter of glibc's mallopt
+LARGE = 4 * 2**20  # bytes: weights and their statistics, but few of a batch's states
+
 
 class Skeleton:
     """The tree of `checkpoint` for use as a context manager; outside of it no file is open.
@@ -34,6 +37,7 @@ class Skeleton:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        give_back_large_blocks()
         self.checkpoint = checkpoint
         self.device = device
         self._store = Store(checkpoint)
@@ -170,6 +174,12 @@ def trim() -> None:
     """Give freed memory back to the system, where the C library keeps it for itself (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_large_blocks() -> None:
+    """Let large pieces of memory go back to the system when they are freed (glibc would learn to keep them)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def _build(checkpoint: Checkpoint) -> Any:

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from llmopt_cli.errors import ModelError
 from llmopt_cli.model.codes import Codes
 from llmopt_cli.spec.scheme import Scheme
+
+
+class RangeError(ModelError):
+    """A weight for which no scale can be stored; whoever knows its name adds that."""
+
+    def __init__(self, where: str = "a weight") -> None:
+        hint = "check the model, or take --method fp8 or nf4, whose scales are float32"
+        super().__init__(f"{where} is too large for a float16 scale, or not a number", hint)
 
 
 @dataclass(frozen=True, eq=False)

@@ -136,18 +136,22 @@ def find_groups(block: nn.Module, run: Run, where: str) -> list[Group]:
 
 
 def _find_sum(block: nn.Module, group: Group, run: Run) -> str | None:
-    """Where a change of a lone linear's output first arrives as it is: a random one is tried out."""
+    """Where a change of a lone linear's output first arrives as it is: a random one is tried out.
+
+    Tokens may be in rows of windows in one place and in one row in another.
+    """
     if len(group.linears) > 1 or of_expert(block, group.linears[0]):
         return None
     linear = block.get_submodule(group.linears[0])
     before = _arrivals(block, linear, run, None)
     random = torch.Generator().manual_seed(0)
-    change = torch.randn(before[""].shape, generator=random).to(before[""]) * before[""].abs().mean()
-    if before.pop("output").shape != change.shape:
+    shape = before.pop("output").shape
+    change = torch.randn(shape, generator=random).to(before[""]) * before[""].abs().mean()
+    if shape[-1] != before[""].shape[-1] or change.numel() != before[""].numel():
         return None
     after = _arrivals(block, linear, run, change)
-    same = (name for name, one in before.items() if one.shape == change.shape and _equal(after[name] - one, change))
-    return next(same, None)
+    alike = (name for name, one in before.items() if one.shape[-1] == shape[-1] and one.numel() == change.numel())
+    return next((name for name in alike if _equal((after[name] - before[name]).view(shape), change)), None)
 
 
 def _arrivals(block: nn.Module, linear: nn.Module, run: Run, change: Tensor | None) -> dict[str, Tensor]:

@@ -25,6 +25,10 @@ BATCH_TOKENS = 512
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]  # of every block, but for the hidden states
 
 
+class _EnoughError(Exception):
+    """All that was wanted has been seen: the rest of the forward pass is not needed."""
+
+
 class Walk:
     """A skeleton that runs. The arguments of its blocks (masks, rotary angles) depend on the shape of a batch alone.
 
@@ -51,15 +55,15 @@ class Walk:
 
     def _learn_answer(self, ids: Tensor) -> None:
         answers: list[Any] = []
+
+        def catch(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            answers.append(output)
+            raise _EnoughError
+
         with self.skeleton.block(0) as block:
-            hook = block.register_forward_hook(lambda _, args, output: answers.append(output))
-            others = self.skeleton.blocks[1:]
-            try:
-                with _standing_in([_pass_over(self._wrap)] * len(others), others):
-                    self._forward(ids)
-            except (AttributeError, TypeError, RuntimeError, IndexError):
-                if not answers:  # after the first answer it is the stand-ins that answered in the wrong way
-                    raise
+            hook = block.register_forward_hook(catch)
+            with contextlib.suppress(_EnoughError):
+                self._forward(ids)
             hook.remove()
         if isinstance(answers[0], tuple):
             rest = answers[0][1:]
@@ -72,7 +76,7 @@ class Walk:
             entered: list[Tensor] = []
             arguments: Arguments = []
             recorders = [self._recorder(entered, arguments)] * len(self.skeleton.blocks)
-            with _standing_in(recorders, self.skeleton.blocks):
+            with _standing_in(recorders, self.skeleton.blocks), contextlib.suppress(_EnoughError):
                 self._forward(ids)
             self._keep(tuple(ids.shape), arguments)
             yield entered[0]
@@ -81,6 +85,8 @@ class Walk:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             entered.append(hidden_states)
             arguments.append((args, kwargs))
+            if len(arguments) == len(self.skeleton.blocks):
+                raise _EnoughError
             return self._wrap(hidden_states)
 
         return forward
@@ -105,6 +111,10 @@ class Walk:
         with _standing_in([_pass_over(self._wrap)] * (len(blocks) - 1) + [lambda *_, **__: last], blocks):
             logits: Tensor = self._forward(ids).logits
         return logits
+
+    def at(self, ids: Tensor, hidden: Tensor, positions: slice) -> Tensor:
+        """The logits [B, T, V] at some positions: what follows the blocks takes each by itself."""
+        return self.logits(ids[:, positions], hidden[:, positions])
 
     def behind(self, hidden: Tensor) -> Tensor:
         """Logits [B, L, V] behind the last block's `hidden` [B, L, H], whatever the tokens. Needs the outside."""
@@ -200,10 +210,6 @@ class Seen:
             total.div_(max(1, self.tokens))
 
 
-class _EnoughError(Exception):
-    """All readers have been called: the rest of the block's forward is not needed."""
-
-
 @torch.inference_mode()
 def observe(
     block: nn.Module,
@@ -230,7 +236,8 @@ def observe(
         inputs, calls = caught(block, readers, parents, partial(run, hidden))
         for group, seen in zip(groups, found, strict=True):
             place = compared.get(group)
-            seen.add(inputs[group.linears[0]], None if place is None else wanted[place] - inputs[place])
+            missing = None if place is None else wanted[place].to(inputs[place]).view_as(inputs[place]) - inputs[place]
+            seen.add(inputs[group.linears[0]], missing)
             if group.parent in calls:
                 seen.calls.append(calls[group.parent])
     for seen in found:

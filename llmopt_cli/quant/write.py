@@ -40,7 +40,9 @@ def refuse_existing(folder: Path, source: Path, overwrite: bool) -> None:
             f"`{folder}` holds no model, so --overwrite does not replace it", "name another folder with -o"
         )
     if folder.resolve() == source.resolve():
-        raise UsageError("a model can't be quantized onto itself", "name another folder with -o")
+        raise UsageError("a model can't be written onto itself", "name another folder with -o")
+    if folder.name in ("", ".."):
+        raise UsageError(f"`{folder}` has no name beside which a new folder could grow", "call it by its name with -o")
 
 
 @contextmanager

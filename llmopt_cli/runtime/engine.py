@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -18,6 +18,7 @@ from typing import Any, Self
 from llmopt_cli.errors import CapacityError, UsageError
 from llmopt_cli.model.attention import paged_layers
 from llmopt_cli.model.load import LoadedModel, context_limit, load_model, pick_device, pick_dtype, read_config
+from llmopt_cli.model.lora import Loras
 from llmopt_cli.output import Report
 from llmopt_cli.runtime.answers import Answers
 from llmopt_cli.runtime.blocks import BlockPool
@@ -32,6 +33,7 @@ from llmopt_cli.runtime.runner import ModelRunner
 from llmopt_cli.runtime.scheduler import SchedulerState, schedule
 from llmopt_cli.runtime.stats import EngineStats
 from llmopt_cli.runtime.tokenizer import Tokenizer
+from llmopt_cli.spec.adapter import Adapter
 from llmopt_cli.spec.checkpoint import Checkpoint
 from llmopt_cli.spec.recipe import Batching, Recipe
 
@@ -46,21 +48,26 @@ class Engine:
         tokenizer: Tokenizer,
         batching: Batching,
         kv_cache_dtype: str = "auto",
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         self.checkpoint, self.tokenizer = checkpoint, tokenizer
         self.dtype, self.device = loaded.dtype, loaded.device
         self.batching = _with_length(batching, context_limit(checkpoint))
         self.max_model_len = self.batching.max_model_len or 0
         self.kv_dtype = cache_dtype(kv_cache_dtype, loaded.dtype)
-        needs = needs_of(checkpoint, self.batching, loaded.dtype, self.kv_dtype, loaded.weight_bytes)
+        self._loras = Loras(loaded.model, adapters)
+        self.adapters = self._loras.names
+        weights = loaded.weight_bytes + self._loras.nbytes
+        needs = needs_of(checkpoint, self.batching, loaded.dtype, self.kv_dtype, weights)
         self._layers = paged_layers(loaded.model)
         check_layers(self._layers, needs, self.kv_dtype)
         scales = read_scales(checkpoint, self.kv_dtype)
         self.memory = share_out(needs, free_memory(loaded.device), total_memory(loaded.device))
         self.cache_size = self.memory.cache
         hang_cache(self._layers, self.cache_size, self.kv_dtype, loaded.device, scales)
+        self._loras.hang()
         self._loaded = loaded
-        self._runner = ModelRunner(loaded, batching.block_size, batching.deterministic)
+        self._runner = ModelRunner(loaded, batching.block_size, self._loras, batching.deterministic)
         share = batching.enable_prefix_caching
         self._state = SchedulerState(self.batching, BlockPool(self.cache_size.num_blocks), share_prefixes=share)
         self._seed = os.urandom(16)  # so that nobody can make up prompts whose hashes meet
@@ -81,10 +88,12 @@ class Engine:
         device: str = "auto",
         kv_cache_dtype: str = "auto",
         batching: Batching | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         trust_remote_code: bool = False,
         report: Report | None = None,
     ) -> Self:
-        """Load `model` (a folder, a hub id, `demo`) and size its cache."""
+        """Load `model` (a folder, a hub id, `demo`) and LoRA `adapters`, folders by name, and size its cache."""
+        opened = [Adapter.open(name, folder) for name, folder in (adapters or {}).items()]
         checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
         tokenizer = Tokenizer(checkpoint, trust_remote_code)
         batching = batching or Batching()
@@ -93,12 +102,19 @@ class Engine:
         kind = pick_dtype(dtype, read_config(checkpoint, trust_remote_code), place)
         kv_dtype = cache_dtype(kv_cache_dtype, kind)
         needs = needs_of(checkpoint, _with_length(batching, context_limit(checkpoint)), kind, kv_dtype)
-        share_out(needs, free_memory(place) - needs.weights, total_memory(place))
+        factors = sum(header.held(kind.itemsize) for adapter in opened for header in adapter.tensors)
+        share_out(needs, free_memory(place) - needs.weights - factors, total_memory(place))
         loaded = load_model(checkpoint, dtype, device, trust_remote_code, report)
-        return cls(checkpoint, loaded, tokenizer, batching, kv_cache_dtype)
+        return cls(checkpoint, loaded, tokenizer, batching, kv_cache_dtype, opened)
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, trust_remote_code: bool = False, report: Report | None = None) -> Self:
+    def from_recipe(
+        cls,
+        recipe: Recipe,
+        trust_remote_code: bool = False,
+        report: Report | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
+    ) -> Self:
         """Load the model of a deployment; raises UsageError for what this engine does not do."""
         _refuse_foreign(recipe)
         return cls.from_pretrained(
@@ -107,6 +123,7 @@ class Engine:
             device=recipe.device,
             kv_cache_dtype=recipe.kv_cache_dtype,
             batching=recipe.batching,
+            adapters=adapters,
             trust_remote_code=trust_remote_code,
             report=report,
         )
@@ -150,6 +167,7 @@ class Engine:
                 f"the prompt has {len(prompt_ids):,} tokens and the context is {self.max_model_len:,}",
                 "shorten the prompt" if self._at_limit() else "raise `--max-model-len`, or shorten the prompt",
             )
+        self._loras.require(params.adapter)
         vocabulary = self.checkpoint.spec.vocab_size
         named = (*prompt_ids, *params.allowed_token_ids, *(token for token, _ in params.logit_bias))
         strange = next((token for token in named if not 0 <= token < vocabulary), None)
@@ -184,7 +202,8 @@ class Engine:
         request_id = request_id or f"request-{next(self._ids)}"
         if request_id in self._answers.live:
             raise UsageError(f"request id `{request_id}` is already running")
-        salt = hashlib.blake2b(params.cache_salt.encode(), key=self._seed, digest_size=16).digest()
+        owner = repr((params.adapter, params.cache_salt)).encode()
+        salt = hashlib.blake2b(owner, key=self._seed, digest_size=16).digest()
         deadline = None if params.max_seconds is None else time.monotonic() + params.max_seconds
         request = Request(
             request_id,
@@ -262,6 +281,7 @@ class Engine:
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.batching.max_num_seqs,
             "max_num_batched_tokens": self.batching.max_num_batched_tokens,
+            "adapters": self.adapters,
             "fused": dict(self._loaded.fused),
         }
 
@@ -292,6 +312,7 @@ class Engine:
         self.abort_all()
         if self._journal:
             self._journal.close()
+        self._loras.release()
         release_cache(self._layers)
 
     def _count(self, output: RequestOutput) -> None:

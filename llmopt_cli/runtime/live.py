@@ -22,6 +22,7 @@ from llmopt_cli.runtime.request import (
     RequestOutput,
     SamplingParams,
     TokenLogprobs,
+    Tokens,
 )
 from llmopt_cli.runtime.sampler import sample, top_logprobs
 from llmopt_cli.runtime.tokenizer import TextStream, Tokenizer
@@ -98,7 +99,7 @@ class Live:
             request_id=request.request_id,
             text=text,
             delta=delta,
-            token_ids=tuple(request.token_ids[request.num_prompt :]),
+            token_ids=Tokens(request.token_ids, request.num_prompt),
             num_new_tokens=num_new_tokens,
             num_prompt_tokens=request.num_prompt,
             finish_reason=request.finish_reason,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, overload
 
 from llmopt_cli.errors import UsageError
 
@@ -57,7 +58,8 @@ class SamplingParams:
 
     `seed=None` draws a fresh seed, so results differ from run to run; with a seed a result is a function of prompt
     and parameters alone, whatever else is in the batch (in float32: 16-bit products round differently by batch size).
-    `stop` strings end the text before themselves. Only requests of the same `cache_salt` share cached prefixes.
+    `stop` strings end the text before themselves. Only requests of the same `cache_salt` share cached prefixes, and of
+    the same `adapter`: the name of the LoRA that the engine is to use, or none.
 
     Penalties, `logit_bias` (token, what to add) and `allowed_token_ids` change the logits; before `min_tokens` no token
     that ends the text can come. `logprobs` and `prompt_logprobs` ask for that many likeliest tokens at each position,
@@ -89,6 +91,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     cache_salt: str = ""
+    adapter: str = ""
     priority: int = 0
     max_seconds: float | None = None
     grammar: Grammar | None = None
@@ -217,6 +220,44 @@ class Hypothesis:
     finish_reason: FinishReason
 
 
+class Tokens(Sequence[int]):
+    """The tokens of a list from `start` on, as many as it holds now: it may grow, and nothing is copied.
+
+    Equal to a tuple of them, and with the same hash.
+    """
+
+    __slots__ = ("_places", "_source")
+
+    def __init__(self, source: Sequence[int], start: int) -> None:
+        self._source = source
+        self._places = range(start, len(source))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._source[self._places.start : self._places.stop])
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> int | tuple[int, ...]:
+        places = self._places[index]
+        return self._source[places] if isinstance(places, int) else tuple(self._source[place] for place in places)
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == tuple(other) if isinstance(other, Tokens | tuple) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
 @dataclass(slots=True)  # one is made for every token: a frozen one takes three times as long to make
 class RequestOutput:
     """What a request has produced so far. `text` and `token_ids` are cumulative, `delta` is the new text.
@@ -230,7 +271,7 @@ class RequestOutput:
     request_id: str
     text: str
     delta: str
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     num_new_tokens: int
     num_prompt_tokens: int
     finish_reason: FinishReason | None = None

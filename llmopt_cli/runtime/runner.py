@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmopt_cli.errors import ModelError
 from llmopt_cli.model.load import LoadedModel
+from llmopt_cli.model.lora import Loras
 from llmopt_cli.runtime.request import Request
 from llmopt_cli.runtime.scheduler import Chunk
 from llmopt_kernels import PagedBatch, Rowwise, Span
@@ -21,8 +22,9 @@ class ModelRunner:
     `deterministic`: the logits of a request do not depend on what else runs; ModelError if the model has no such way.
     """
 
-    def __init__(self, loaded: LoadedModel, block_size: int, deterministic: bool = False) -> None:
+    def __init__(self, loaded: LoadedModel, block_size: int, loras: Loras, deterministic: bool = False) -> None:
         self._loaded = loaded
+        self._loras = loras
         self._block_size = block_size
         self._mode: Rowwise | nullcontext[None] = Rowwise() if deterministic else nullcontext()
         if deterministic:
@@ -38,14 +40,19 @@ class ModelRunner:
         tokens: list[int] = []
         spans: list[Span] = []
         last: list[int] = []
+        adapted: dict[str, list[int]] = {}  # by adapter, the rows of its requests
         for chunk in chunks:
             request = requests[chunk.request_id]
             end = chunk.start + chunk.length
             tokens += request.token_ids[chunk.start : end]
             spans.append(Span(chunk.length, end, request.blocks))
             last += range(len(tokens) - chunk.num_logits, len(tokens))
+            if request.params.adapter:
+                rows = range(len(tokens) - chunk.length, len(tokens))
+                adapted.setdefault(request.params.adapter, []).extend(rows)
         batch = PagedBatch(spans, self._block_size, device)
         context = self._loaded.context
+        self._loras.choose(adapted, len(tokens), device)
         context.batch = batch
         try:
             with self._mode:
@@ -57,6 +64,7 @@ class ModelRunner:
                 )
         finally:
             context.batch = None
+            self._loras.choose({}, 0, device)
         return _wide(out.logits[0])
 
     @torch.inference_mode()

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import FrameType
 from typing import Any
@@ -34,16 +34,21 @@ CLOSING_SECONDS = 1  # how long connections may take to close once their request
 
 
 def run(
-    recipe: Recipe, settings: Settings, trust_remote_code: bool, announce: Callable[[dict[str, Any]], None]
+    recipe: Recipe,
+    settings: Settings,
+    trust_remote_code: bool,
+    announce: Callable[[dict[str, Any]], None],
+    adapters: Mapping[str, str],
 ) -> None:
     """Serve until a signal. `announce` gets the engine's start-up report and the `url` when the model is loaded.
 
-    The port is taken before the model is read: ServerError if that fails.
+    LoRA `adapters` are folders by the names they are served under. The port is taken before the model is read:
+    ServerError if that fails.
     """
     with _listen(settings.host, settings.port) as listener:
         from llmopt_cli.runtime import AsyncEngine, Engine  # torch: not before the port is known to be free
 
-        engine = Engine.from_recipe(recipe, trust_remote_code)
+        engine = Engine.from_recipe(recipe, trust_remote_code, adapters=adapters)
         if settings.schedule_log:
             engine.record(settings.schedule_log)
         service = Service(AsyncEngine(engine), settings)

@@ -37,24 +37,25 @@ class OpenAIApi:
         self.router.add_api_route("/completions", self.completions, methods=["POST"])
 
     async def models(self) -> Response:
-        """The one model that is served."""
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        """The model that is served, and its adapters as models of their own."""
+        names = [self._service.model_name, *self._engine.adapters]
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in names]})
 
     async def model(self, name: str) -> Response:
         """The card of a model by name."""
-        self._check_model(name)
-        return JSONResponse(self._card())
+        self._adapter(name)
+        return JSONResponse(self._card(name))
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        self._check_model(body.model)
+        self._adapter(body.model)  # before the work of a template
         turns = [message.turn() for message in body.messages]
         prompt = await asyncio.to_thread(self._engine.tokenizer.chat, turns)  # a long one would hold up everybody
         return await self._answer(body, [prompt], [""], request)
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue one or several texts."""
-        self._check_model(body.model)
+        self._adapter(body.model)
         prompts, echoes = await asyncio.to_thread(self._encoded, body)
         return await self._answer(body, prompts, echoes, request)
 
@@ -75,9 +76,10 @@ class OpenAIApi:
         request: Request,
     ) -> Response:
         self._check_priority(body.priority)
-        params = [body.sampling(self._max_tokens(len(prompt), body.limit)) for prompt in prompts]
+        adapter, served = self._adapter(body.model), self._service.model_name
+        params = [body.sampling(self._max_tokens(len(prompt), body.limit), adapter) for prompt in prompts]
         outputs = self._service.run(prompts, params, body.answers)
-        answer = Answer(body, self._service.model_name, prompts, echoes, Worder(self._engine.tokenizer))
+        answer = Answer(body, adapter or served, prompts, echoes, Worder(self._engine.tokenizer))
         if not body.stream:
             return JSONResponse(await unless_gone(request.receive, answer.whole(outputs)))
         events = answer.events(outputs, body.stream_options or StreamOptions())
@@ -100,12 +102,19 @@ class OpenAIApi:
         if priority and self._engine.batching.scheduling_policy != "priority":
             raise ApiError(400, "`priority` needs a server with `--scheduling-policy priority`", param="priority")
 
-    def _check_model(self, name: str | None) -> None:
-        served = self._service.model_name
-        if name is not None and name != served:
+    def _adapter(self, name: str | None) -> str:
+        """The adapter that a model's name means: none for the name of the base, or without a name."""
+        served, adapters = self._service.model_name, self._engine.adapters
+        if name is None or name == served:
+            return ""
+        if name not in adapters:
+            known = " and ".join(f"`{one}`" for one in (served, *adapters))
+            are = "are" if adapters else "is"
             raise ApiError(
-                404, f"model `{name}` is not served here, but `{served}` is", param="model", code="model_not_found"
+                404, f"model `{name}` is not served here, but {known} {are}", param="model", code="model_not_found"
             )
+        return name
 
-    def _card(self) -> dict[str, Any]:
-        return model_card(self._service.model_name, self._started, self._engine.max_model_len)
+    def _card(self, name: str) -> dict[str, Any]:
+        parent = self._service.model_name if self._adapter(name) else None
+        return model_card(name, self._started, self._engine.max_model_len, parent)

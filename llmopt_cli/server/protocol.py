@@ -173,12 +173,13 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
     }
 
 
-def model_card(name: str, created: int, max_model_len: int) -> dict[str, Any]:
-    """An entry of `/v1/models`; `max_model_len` is vLLM's addition."""
-    return {
+def model_card(name: str, created: int, max_model_len: int, parent: str | None = None) -> dict[str, Any]:
+    """An entry of `/v1/models`; `max_model_len` is vLLM's addition, and so is the `parent` of an adapter."""
+    card = {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "llmopt",
         "max_model_len": max_model_len,
     }
+    return card | ({"parent": parent} if parent else {})

@@ -182,8 +182,8 @@ class SamplingBody(Body):
         """Likeliest tokens wanted for each token of the prompt; None: it need not be scored."""
         return self.prompt_logprobs
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
-        """The engine's parameters; a value out of range raises ApiError naming its field."""
+    def sampling(self, max_tokens: int, adapter: str = "") -> SamplingParams:
+        """The engine's parameters, with that LoRA `adapter`; a value out of range raises ApiError naming its field."""
         logprobs = 0 if self.told is None and self.ranked else self.told  # they are ranked by it
         try:
             return SamplingParams(
@@ -206,6 +206,7 @@ class SamplingBody(Body):
                 logprobs=logprobs,
                 prompt_logprobs=self.scored,
                 cache_salt=self.cache_salt,
+                adapter=adapter,
                 priority=self.priority,
                 max_seconds=self.timeout,
                 grammar=next(iter(self._grammars().values()), None),

@@ -55,6 +55,8 @@ class Service:
         self.engine = engine
         self.settings = settings
         self.model_name = settings.served_model_name or engine.engine.checkpoint.name
+        if self.model_name in engine.engine.adapters:
+            raise UsageError(f"model and adapter are both called `{self.model_name}`", "give `--served-model-name`")
         self.metrics = Metrics(self.model_name, engine.engine.max_model_len, engine.stats)
         self.draining = False
         self.in_flight = 0

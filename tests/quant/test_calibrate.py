@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -91,3 +92,31 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
 def test_a_text_too_short_for_two_windows_is_refused(corpus: Callable[..., Corpus]) -> None:
     with pytest.raises(UsageError, match="not two windows of 512"):
         windows(corpus("short"), TOKENIZER, 512)
+
+
+def test_conversations_go_through_the_models_chat_template(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "The wind, sir."}]
+    (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 20))
+    rendered = TOKENIZER.apply_chat_template(turns, tokenize=False)
+    assert "<|user|>" in rendered
+    expected = TOKENIZER(rendered, add_special_tokens=False)["input_ids"] * 20
+    found = windows(Corpus.read(tmp_path / "chat.jsonl"), TOKENIZER, 16)
+    assert found.flatten().tolist() == expected[: found.numel()]
+
+
+def test_conversations_for_a_tokenizer_without_a_template_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hm?"}]}))
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["demo"])
+    tokenizer.chat_template = None
+    with pytest.raises(UsageError, match="no chat template"):
+        windows(Corpus.read(tmp_path / "chat.jsonl"), tokenizer, 16)
+
+
+def test_a_data_set_is_read_from_a_folder_or_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text(json.dumps({"text": "A clear night."}) + "\n")
+    if importlib.util.find_spec("datasets") is None:
+        with pytest.raises(UsageError, match="`datasets`"):
+            Corpus.read(tmp_path / "set")
+    else:
+        assert Corpus.read(tmp_path / "set").texts == ("A clear night.",)

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmopt_cli.spec.checkpoint import BUNDLED
 
-LAYERS, HIDDEN, INNER, VOCABULARY = 12, 768, 2816, 4096
+LAYERS, HIDDEN, INNER, VOCABULARY = 12, 768, 2048, 32000  # 110M parameters
 MEASURE = """
 import json, sys, threading, time
 from contextlib import contextmanager
@@ -63,6 +63,7 @@ def test_peak_memory_is_below_half_of_the_model_in_float32(tmp_path: Path) -> No
         num_hidden_layers=LAYERS,
         num_attention_heads=12,
         max_position_embeddings=2048,
+        tie_word_embeddings=True,
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).bfloat16()

@@ -175,7 +175,9 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {  # changes to the tiny model
     "Llama": ({}, 14),
     "Qwen2": ({}, 14),
     "Qwen3": ({"head_dim": 16}, 14),
+    "Mistral": ({"head_dim": 16, "sliding_window": 16}, 14),
     "Gemma2": ({"head_dim": 16}, 14),
+    "Gemma3Text": ({"head_dim": 16, "sliding_window": 16}, 14),
     "Phi3": ({}, 8),
     "OPT": ({"ffn_dim": 96, "word_embed_proj_dim": 64}, 12),
     "GPTNeoX": ({}, 8),
@@ -301,9 +303,9 @@ def test_a_dry_run_foretells_sizes_and_problems_and_writes_nothing(job: Callable
     assert foretold.minutes > 0
     bad = plan(job(method="rtn", group_size=48), 64)
     assert [kind.name for kind in bad.kinds if kind.problem] == [
-        *(f"model.layers.*.self_attn.{name}_proj" for name in "qkvo"),
-        "model.layers.*.mlp.gate_proj",
-        "model.layers.*.mlp.up_proj",
+        *(f"model.layers.*.self_attn.{name}_proj.weight" for name in "qkvo"),
+        "model.layers.*.mlp.gate_proj.weight",
+        "model.layers.*.mlp.up_proj.weight",
     ]
 
 
@@ -325,7 +327,9 @@ def test_an_existing_folder_is_refused_before_any_work(job: Callable[..., Job], 
         quantize(job(overwrite=True), quietly)
 
 
-def test_overwrite_replaces_a_model_but_never_its_own_source(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_overwrite_replaces_a_model_but_never_its_own_source(
+    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quantize(job(method="rtn"), quietly)
     (tmp_path / "out" / "stale").touch()
     quantize(job(overwrite=True), quietly)
@@ -335,13 +339,16 @@ def test_overwrite_replaces_a_model_but_never_its_own_source(job: Callable[..., 
     shutil.copytree(BUNDLED["demo-draft"], source)
     with pytest.raises(UsageError, match="onto itself"):
         quantize(job(model=source, out=source, overwrite=True), quietly)
+    monkeypatch.chdir(source)
+    with pytest.raises(UsageError, match=r"`\.` has no name"):
+        quantize(job(out=Path(), overwrite=True), quietly)
 
 
-def broken(folder: Path, source: Path) -> Path:
-    """A copy of `source` with one weight that is no number."""
+def broken(folder: Path, source: Path, value: float = torch.nan) -> Path:
+    """A copy of `source` with one weight that no file can hold."""
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"][3, 3] = torch.nan
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 3] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -358,6 +365,23 @@ def test_a_failure_halfway_leaves_nothing_and_keeps_what_was_there(
         quantize(job(model=model, overwrite=True), quietly)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "out"]
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_weight_too_large_for_its_scale_is_named(
+    job: Callable[..., Job], tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = broken(tmp_path / "large", tiny("Llama"), 1e9)
+    with pytest.raises(ModelError, match=r"a weight of `model\.layers\.1\.mlp\.down_proj` is too large"):
+        quantize(job(model=model, method="rtn"), quietly)
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(job: Callable[..., Job], tiny: Callable[..., Path]) -> None:
+    small = tiny("Llama", vocab_size=300)
+    with pytest.raises(CheckpointError, match=r"makes token [\d,]+, and the model has 300"):
+        quantize(job(model=small), quietly)
+    with pytest.raises(CheckpointError, match=r"makes token [\d,]+, and the model has 300"):
+        evaluate(str(small), str(small), quietly, seq_len=64)
 
 
 REFUSED: list[tuple[dict[str, Any], type[LlmoptError], str]] = [

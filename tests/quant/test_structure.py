@@ -106,6 +106,12 @@ def test_groups_and_producers_are_found(family: str) -> None:
     assert find_groups(block, run, "0") == expected
 
 
+def test_writers_are_found_where_tokens_are_in_one_row() -> None:
+    block, run = first_block(build("OPT", ffn_dim=96, word_embed_proj_dim=64))
+    sums = {group.linears[-1]: group.sum for group in find_groups(block, run, "0")}
+    assert sums == {"self_attn.v_proj": None, "self_attn.out_proj": "final_layer_norm", "fc1": None, "fc2": ""}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folding_a_scale_leaves_the_float_output_unchanged(family: str) -> None:
     kind, changes, _ = FAMILIES[family]

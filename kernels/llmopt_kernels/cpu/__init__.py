@@ -23,6 +23,7 @@ SIGNATURES = {  # of ops.cpp: pointers, sizes, floats
     "rms_norm": "pppiif",
     "rotary": "pppiiii",
     "silu_mul": "ppii",
+    "linear": "ppppiii",
     "linear_rows": "ppppiii",
     "store_rows": "pppiii",
     "store_int8": "ppppiiii",
@@ -33,7 +34,9 @@ SIGNATURES = {  # of ops.cpp: pointers, sizes, floats
 }
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # what scales of packed weights may be
 CACHED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8"}  # quantized caches that are read
-LONGEST_QUERY = 4  # more query tokens a request: matrix products over gathered pages are faster
+LONGEST_QUERY = 4  # more query tokens a request and a longer past: matrix products over gathered pages are faster
+LONGEST_PAST = 1024
+MOST_PAIRED = 64  # more rows of x, or no such op on this machine: torch's product is faster
 MOST_ROWS = 5  # more rows of x: unpacking the weights for a matrix product is faster
 CHUNK = 128  # columns whose codes ops.cpp takes at a time; groups must be whole chunks
 TILE = 2**20  # weights unpacked at a time: a copy of a whole layer would fall out of the cache, and cost page faults
@@ -41,8 +44,11 @@ TILE = 2**20  # weights unpacked at a time: a copy of a whole layer would fall o
 
 def fits(x: Tensor, *others: Tensor) -> bool:
     """Whether the compiled ops can take these: on the CPU, all float32 or all bfloat16, and there is a library."""
-    alike = x.device.type == "cpu" and x.dtype in SUFFIX and all(other.dtype == x.dtype for other in others)
-    return alike and library() is not None
+    dtype = x.dtype
+    for other in others:  # not `all(...)`: this is asked a hundred times a step
+        if other.dtype != dtype:
+            return False
+    return x.is_cpu and dtype in SUFFIX and library() is not None
 
 
 @cache
@@ -81,6 +87,27 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     _op("silu_mul", out.dtype)(gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width)
+    return out
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` has a compiled op for this product, and it is the fast way."""
+    width = weight.shape[1]
+    able = fits(x, weight) and x.dtype == torch.bfloat16 and _pairs_bf16()
+    return able and x.numel() <= MOST_PAIRED * width and width % 2 == 0 and weight.is_contiguous()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K) times weight (N, K) transposed, plus bias (N,), all bfloat16 -> (..., N); sums in float32.
+
+    A row's result does not depend on the other rows.
+    """
+    x = x.contiguous()
+    rows, width = weight.shape
+    out = x.new_empty(*x.shape[:-1], rows)
+    bias_at = None if bias is None else bias.data_ptr()
+    count = out.numel() // rows
+    _op("linear", x.dtype)(x.data_ptr(), weight.data_ptr(), bias_at, out.data_ptr(), count, rows, width)
     return out
 
 
@@ -127,11 +154,10 @@ def attend_rows(query: Tensor, k: Pages, v: Pages, out: Tensor, group: Rows, rul
     requests, count = group.rows.shape
     shape = (count, heads, kv_heads, dim, value_dim, group.block_size, group.tables.shape[1], query.stride(0))
     sizes = (ctypes.c_int64 * 10)(*shape, rule.window or 0, rule.chunk or 0)
-    starts = group.rows[:, 0].contiguous()
     kind = CACHED.get(k.values.dtype, "own")
     table = _float8_table(k.values.dtype) if kind == "fp8" else None
     paged = (k.values, v.values, k.scales, v.scales, table)
-    tensors = (query, *paged, rule.sinks, out, starts, group.tables, group.lengths)
+    tensors = (query, *paged, rule.sinks, out, group.starts, group.tables, group.lengths)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     _op(f"paged_attention_{kind}", query.dtype)(*pointers, requests, sizes, rule.scale, rule.softcap or 0.0)
 
@@ -184,7 +210,7 @@ def nibbles(packed: Tensor, bits: int) -> Tensor:
 
 def takes(group: Rows) -> bool:
     """Whether `attend_rows` is the fast way for this group."""
-    return group.rows.shape[1] <= LONGEST_QUERY
+    return group.rows.shape[1] <= LONGEST_QUERY or group.longest <= LONGEST_PAST
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -196,6 +222,13 @@ def _dense_rows(x: Tensor) -> Tensor:
 def _float8_table(dtype: torch.dtype) -> Tensor:
     """What each of the 256 codes of an 8-bit float means, float32."""
     return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+
+
+@cache
+def _pairs_bf16() -> bool:
+    """Whether there is a library and this CPU multiplies pairs of bfloat16."""
+    asks = getattr(library(), "llmopt_multiplies_bf16", None)
+    return asks is not None and bool(asks())
 
 
 @cache

@@ -68,9 +68,13 @@ inline f32x16 load16(const float* at) {
     return value;
 }
 inline f32x16 load16(const bf16* at) {
+#ifdef __AVX512F__  // GCC widens half a vector at a time
+    const i32x16 wide = (i32x16)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))) << 16;
+#else
     u16x16 bits;
     std::memcpy(&bits, at, sizeof bits);
     const i32x16 wide = __builtin_convertvector(bits, i32x16) << 16;
+#endif
     f32x16 value;
     std::memcpy(&value, &wide, sizeof value);
     return value;
@@ -83,10 +87,26 @@ inline void store16(bf16* at, f32x16 x) {
     std::memcpy(at, &bits, sizeof bits);
 }
 inline f32x16 floats(i32x16 x) { return __builtin_convertvector(x, f32x16); }
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+inline f32x4 folded(f32x16 x) {
+    f32x8 eights[2];
+    std::memcpy(eights, &x, sizeof x);
+    const f32x8 eight = eights[0] + eights[1];
+    f32x4 fours[2];
+    std::memcpy(fours, &eight, sizeof eight);
+    return fours[0] + fours[1];
+}
+// In halves: one after the other, each addition would wait for the one before.
 inline float total(f32x16 x) {
-    float sum = 0;
-    for (int i = 0; i < 16; ++i) sum += x[i];
-    return sum;
+    const f32x4 four = folded(x);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+inline f32x4 totals(const f32x16 (&x)[4]) {
+    const f32x4 a = folded(x[0]), b = folded(x[1]), c = folded(x[2]), d = folded(x[3]);
+    const f32x4 ab = f32x4{a[0], b[0], a[1], b[1]} + f32x4{a[2], b[2], a[3], b[3]};
+    const f32x4 cd = f32x4{c[0], d[0], c[1], d[1]} + f32x4{c[2], d[2], c[3], d[3]};
+    return f32x4{ab[0], ab[1], cd[0], cd[1]} + f32x4{ab[2], ab[3], cd[2], cd[3]};
 }
 
 // 8-bit codes of a quantized cache. An 8-bit float's value is looked up; its scale is applied to what is summed.
@@ -101,10 +121,14 @@ thread_local const float* float8_table = nullptr;
 inline float load(q8 x) { return x.code; }
 inline float load(f8 x) { return float8_table[x.code]; }
 inline f32x16 load16(const q8* at) {
+#ifdef __AVX512F__
+    return floats((i32x16)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
+#else
     typedef int8_t i8x16 __attribute__((vector_size(16)));
     i8x16 codes;
     std::memcpy(&codes, at, sizeof codes);
     return floats(__builtin_convertvector(codes, i32x16));
+#endif
 }
 inline f32x16 load16(const f8* at) {
     const float* table = float8_table;
@@ -174,6 +198,102 @@ void linear_rows(const T* x, const T* weight, const T* bias, T* out, int64_t m, 
                 product<1, 1>(x + row * k, w + c * k, b ? b + c : nullptr, out + row * n + at + c, k, n);
     }
 }
+
+#ifdef __AVX512F__
+#define WITH_BF16 __attribute__((target("avx512bf16")))
+
+// Rows i and i + STEP of sixteen exchange what is beside the diagonal in blocks of STEP.
+template <int STEP>
+inline void exchange(__m512i (&rows)[16]) {
+    i32x16 low, high;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+        low[i] = i & STEP ? 16 + i - STEP : i;
+        high[i] = i & STEP ? 16 + i : i + STEP;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+        if (!(i & STEP)) {
+            const __m512i a = rows[i], b = rows[i + STEP];
+            rows[i] = _mm512_permutex2var_epi32(a, (__m512i)low, b);
+            rows[i + STEP] = _mm512_permutex2var_epi32(a, (__m512i)high, b);
+        }
+}
+
+// Sixteen rows of sixteen become columns.
+inline void transpose(__m512i (&rows)[16]) {
+    exchange<8>(rows);
+    exchange<4>(rows);
+    exchange<2>(rows);
+    exchange<1>(rows);
+}
+
+// Up to 16 * V rows of x (m, k) as vectors of pairs of neighbouring columns, one lane a row: (k / 2, 16 * V).
+template <int V>
+void pack_pairs(const bf16* x, uint32_t* pairs, int64_t m, int64_t k) {
+    for (int64_t p = 0; p < k / 2; p += 16)
+        for (int v = 0; v < V; ++v) {
+            const __mmask16 there = (1u << std::min<int64_t>(k / 2 - p, 16)) - 1;
+            __m512i rows[16] = {};
+            for (int i = 0; i < 16 && 16 * v + i < m; ++i)
+                rows[i] = _mm512_maskz_loadu_epi32(there, x + (16 * v + i) * k + 2 * p);
+            transpose(rows);
+            for (int i = 0; i < 16 && p + i < k / 2; ++i) _mm512_storeu_si512(pairs + ((p + i) * V + v) * 16, rows[i]);
+        }
+}
+
+constexpr int WIDE = 12;  // rows of weights whose sums with 32 rows of x stay in registers
+
+// Those rows of x times `count` rows of weights, at most WIDE -> out (m, n) from its column on. `pairs` is x, packed.
+template <int V>
+WITH_BF16 void tile(const uint32_t* pairs, const bf16* weight, const bf16* bias, bf16* out, int64_t m, int64_t n,
+                    int64_t k, int64_t count) {
+    const uint32_t* rows[WIDE];
+    for (int r = 0; r < WIDE; ++r)
+        rows[r] = reinterpret_cast<const uint32_t*>(weight + std::min<int64_t>(r, count - 1) * k);
+    __m512 sums[WIDE][V] = {};
+    for (int64_t p = 0; p < k / 2; ++p) {
+        if (p % 16 == 0)  // a line of every row of the next tile
+            for (int r = 0; r < WIDE; ++r) __builtin_prefetch(rows[r] + p + WIDE * k / 2);
+        __m512bh x[V];
+        for (int v = 0; v < V; ++v) x[v] = (__m512bh)_mm512_loadu_si512(pairs + (p * V + v) * 16);
+#pragma GCC unroll 12
+        for (int r = 0; r < WIDE; ++r) {
+            const __m512bh w = (__m512bh)_mm512_set1_epi32(rows[r][p]);
+            for (int v = 0; v < V; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x[v], w);
+        }
+    }
+    const __mmask16 wanted = (1u << count) - 1;
+    const __m512i more = bias ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(wanted, bias)) : _mm512_setzero_si512();
+    for (int v = 0; v < V; ++v) {
+        __m512i columns[16] = {};
+        for (int r = 0; r < WIDE; ++r) columns[r] = (__m512i)sums[r][v];
+        transpose(columns);
+        for (int i = 0; i < 16 && 16 * v + i < m; ++i) {
+            const __m512 sum = (__m512)columns[i] + (__m512)_mm512_slli_epi32(more, 16);
+            _mm256_mask_storeu_epi16(out + (16 * v + i) * n, wanted, (__m256i)_mm512_cvtneps_pbh(sum));
+        }
+    }
+}
+
+// x (m, k) times weight (n, k) transposed, for tens of rows: what is packed is x, weights are read as they lie. An
+// output's additions come in the same order whatever m is. k is even.
+void linear_bf16(const bf16* x, const bf16* weight, const bf16* bias, bf16* out, int64_t m, int64_t n, int64_t k) {
+    std::vector<uint32_t> packed((m + 31) / 32 * 16 * k);
+    uint32_t* pairs = packed.data();
+    for (int64_t row = 0; row < m; row += 32)
+        (m - row > 16 ? pack_pairs<2> : pack_pairs<1>)(x + row * k, pairs + row * k / 2, std::min<int64_t>(m - row, 32), k);
+    const int64_t tiles = (n + WIDE - 1) / WIDE;
+#pragma omp parallel for schedule(static) if (m * n * k > 32768)
+    for (int64_t t = 0; t < tiles; ++t)
+        for (int64_t row = 0; row < m; row += 32) {
+            const int64_t at = t * WIDE;
+            (m - row > 16 ? tile<2> : tile<1>)(pairs + row * k / 2, weight + at * k, bias ? bias + at : nullptr,
+                                               out + row * n + at, std::min<int64_t>(m - row, 32), n, k,
+                                               std::min<int64_t>(n - at, WIDE));
+        }
+}
+#endif
 
 template <typename T>
 void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t n, float eps) {
@@ -366,58 +486,134 @@ struct Shape {
     int64_t queries, heads, kv_heads, dim, value_dim, block_size, table_width, query_stride, window, chunk;
 };
 
-// One request, one KV head: all its query heads and query tokens, so that each key and value is read once per token.
+constexpr int64_t KEYS = 4, AHEAD = 12;  // keys that are multiplied at once; keys to fetch before they are needed
+#ifdef __AVX512F__
+constexpr int HEADS = 2;  // whose sums fit in registers
+#else
+constexpr int HEADS = 1;
+#endif
+
+template <typename C>
+inline void prefetch(const C* at, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / sizeof(C)) __builtin_prefetch(at + i);
+}
+
+// G rows of q, float32, times the keys at `places` (n, a multiple of KEYS) -> p (G, n). Those that come soon are
+// fetched, for pages lie anywhere.
+template <int G, typename C>
+inline void score(const float* q, const C* k, const float* scales, const int64_t* places, int64_t n, int64_t dim,
+                  float* p) {
+    for (int64_t t = 0; t < n; t += KEYS) {
+        const C* keys[KEYS];
+        for (int j = 0; j < KEYS; ++j) {
+            keys[j] = k + places[t + j] * dim;
+            prefetch(k + places[std::min(t + AHEAD + j, n - 1)] * dim, dim);
+        }
+        f32x16 sums[G][KEYS] = {};
+        int64_t i = 0;
+        for (; i + 16 <= dim; i += 16)
+            for (int j = 0; j < KEYS; ++j) {
+                const f32x16 x = load16(keys[j] + i);
+                for (int g = 0; g < G; ++g) sums[g][j] += load16(q + g * dim + i) * x;
+            }
+        for (int g = 0; g < G; ++g) {
+            f32x4 found = totals(sums[g]);
+            for (int64_t d = i; d < dim; ++d)
+                found += q[g * dim + d] * f32x4{load(keys[0][d]), load(keys[1][d]), load(keys[2][d]), load(keys[3][d])};
+            if (scales)
+                for (int j = 0; j < KEYS; ++j) found[j] *= scales[places[t + j]];
+            std::memcpy(p + g * n + t, &found, sizeof found);
+        }
+    }
+}
+
+// Scores of one query and head, float32 (n), to weights that sum up to 1 together with the sink's.
+inline void soften(float* p, int64_t n, float softcap, const float* sink) {
+    if (softcap > 0)
+        for (int64_t t = 0; t < n; ++t) p[t] = softcap * std::tanh(p[t] / softcap);
+    float top = sink ? *sink : -INFINITY, total = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t t = 0; t < n; ++t) top = std::max(top, p[t]);
+#pragma omp simd reduction(+ : total)
+    for (int64_t t = 0; t < n; ++t) total += p[t] = exp_fast(p[t] - top);
+    if (sink) total += exp_fast(*sink - top);
+    const float inverse = 1.0f / total;
+#pragma omp simd
+    for (int64_t t = 0; t < n; ++t) p[t] *= inverse;
+}
+
+// V times sixteen columns of the values at the first n `places`, weighted by G rows of weights that are `apart`.
+template <int G, int V, typename T, typename C>
+inline void weigh(const float* p, int64_t apart, const C* v, const int64_t* places, int64_t n, int64_t dim, T* out) {
+    f32x16 sums[G][V] = {};
+    for (int64_t t = 0; t < n; ++t)
+        for (int c = 0; c < V; ++c) {
+            const f32x16 x = load16(v + places[t] * dim + 16 * c);
+            for (int g = 0; g < G; ++g) sums[g][c] += p[g * apart + t] * x;
+        }
+    for (int g = 0; g < G; ++g)
+        for (int c = 0; c < V; ++c) store16(out + g * dim + 16 * c, sums[g][c]);
+}
+
+// All columns of it -> out (G, dim).
+template <int G, typename T, typename C>
+inline void mix(const float* p, int64_t apart, const C* v, const int64_t* places, int64_t n, int64_t dim, T* out) {
+    int64_t d = 0;
+    for (; d + 64 <= dim; d += 64) weigh<G, 4>(p, apart, v + d, places, n, dim, out + d);
+    for (; d + 16 <= dim; d += 16) weigh<G, 1>(p, apart, v + d, places, n, dim, out + d);
+    for (; d < dim; ++d)
+        for (int g = 0; g < G; ++g) {
+            float sum = 0;
+            for (int64_t t = 0; t < n; ++t) sum += p[g * apart + t] * load(v[places[t] * dim + d]);
+            store(out + g * dim + d, sum);
+        }
+}
+
+// What a task works with: it grows to the longest request, and is not allocated anew for each.
+struct Scratch {
+    std::vector<float> q, p;
+    std::vector<int64_t> places;
+};
+
+// Where the tokens begin..end of one KV head lie, in heads from the cache's start; the last one fills up to KEYS.
+inline void find_places(std::vector<int64_t>& places, const int64_t* table, int64_t begin, int64_t end,
+                        int64_t kv_head, const Shape& s) {
+    places.resize((end - begin + KEYS - 1) / KEYS * KEYS);
+    for (int64_t t = begin; t < end;) {
+        const int64_t offset = t % s.block_size, stop = std::min(end, t - offset + s.block_size);
+        const int64_t slot = table[t / s.block_size] * s.block_size + offset;
+        for (int64_t i = 0; t < stop; ++i, ++t) places[t - begin] = (slot + i) * s.kv_heads + kv_head;
+    }
+    std::fill(places.begin() + (end - begin), places.end(), places[end - begin - 1]);
+}
+
+// One query token with the heads of one KV head: each key and value is read once for HEADS of them.
 template <typename T, typename C>
 void attend(const T* query, const C* k, const C* v, const float* k_scales, const float* v_scales, const float* sinks,
-            T* out, const int64_t* table, int64_t length, int64_t kv_head, const Shape& s, float scale, float softcap,
-            std::vector<float>& scratch) {
-    const int64_t group = s.heads / s.kv_heads;
-    for (int64_t row = 0; row < s.queries; ++row) {
-        const int64_t end = length - s.queries + row + 1;
-        const int64_t begin = std::max(s.window > 0 ? std::max<int64_t>(0, end - s.window) : 0,
-                                       s.chunk > 0 ? (end - 1) / s.chunk * s.chunk : 0);
-        const int64_t seen = end - begin;
-        scratch.resize(group * (s.dim + seen + s.value_dim));
-        float *q = scratch.data(), *p = q + group * s.dim, *sum = p + group * seen;
-        for (int64_t g = 0; g < group; ++g)
-            for (int64_t d = 0; d < s.dim; ++d)
-                q[g * s.dim + d] = load(query[row * s.query_stride + (kv_head * group + g) * s.dim + d]) * scale;
-        auto slot = [&](int64_t t) { return table[t / s.block_size] * s.block_size + t % s.block_size; };
-        for (int64_t t = 0; t < seen; ++t) {
-            const int64_t at = slot(begin + t) * s.kv_heads + kv_head;
-            const float by = k_scales ? k_scales[at] : 1.0f;
-            for (int64_t g = 0; g < group; ++g) p[g * seen + t] = by * dot(q + g * s.dim, k + at * s.dim, s.dim);
-        }
-        for (int64_t g = 0; g < group; ++g) {
-            float* pg = p + g * seen;
-            if (softcap > 0)
-                for (int64_t t = 0; t < seen; ++t) pg[t] = softcap * std::tanh(pg[t] / softcap);
-            const float sink = sinks ? sinks[kv_head * group + g] : -INFINITY;
-            float top = std::max(pg[0], sink), total = 0;
-#pragma omp simd reduction(max : top)
-            for (int64_t t = 0; t < seen; ++t) top = std::max(top, pg[t]);
-#pragma omp simd reduction(+ : total)
-            for (int64_t t = 0; t < seen; ++t) total += pg[t] = exp_fast(pg[t] - top);
-            if (sinks) total += exp_fast(sink - top);
-            const float inverse = 1.0f / total;
-#pragma omp simd
-            for (int64_t t = 0; t < seen; ++t) pg[t] *= inverse;
-        }
-        std::fill(sum, sum + group * s.value_dim, 0.0f);
-        for (int64_t t = 0; t < seen; ++t) {
-            const int64_t at = slot(begin + t) * s.kv_heads + kv_head;
-            const C* value = v + at * s.value_dim;
-            for (int64_t g = 0; g < group; ++g) {
-                const float weight = p[g * seen + t] * (v_scales ? v_scales[at] : 1.0f);
-                float* to = sum + g * s.value_dim;
-#pragma omp simd
-                for (int64_t d = 0; d < s.value_dim; ++d) to[d] += weight * load(value[d]);
-            }
-        }
-        for (int64_t g = 0; g < group; ++g)
-            for (int64_t d = 0; d < s.value_dim; ++d)
-                store(out + (row * s.heads + kv_head * group + g) * s.value_dim + d, sum[g * s.value_dim + d]);
+            T* out, const int64_t* table, int64_t end, int64_t kv_head, const Shape& s, float scale, float softcap,
+            Scratch& scratch) {
+    const int64_t group = s.heads / s.kv_heads, first = kv_head * group;
+    const int64_t begin = std::max(s.window > 0 ? std::max<int64_t>(0, end - s.window) : 0,
+                                   s.chunk > 0 ? (end - 1) / s.chunk * s.chunk : 0);
+    find_places(scratch.places, table, begin, end, kv_head, s);
+    const int64_t seen = end - begin, padded = scratch.places.size();
+    scratch.q.resize(group * s.dim);
+    scratch.p.resize(group * padded);
+    const int64_t* places = scratch.places.data();
+    float *q = scratch.q.data(), *p = scratch.p.data();
+    for (int64_t i = 0; i < group * s.dim; ++i) q[i] = load(query[first * s.dim + i]) * scale;
+    int64_t g = 0;
+    for (; g + HEADS <= group; g += HEADS) score<HEADS>(q + g * s.dim, k, k_scales, places, padded, s.dim, p + g * padded);
+    for (; g < group; ++g) score<1>(q + g * s.dim, k, k_scales, places, padded, s.dim, p + g * padded);
+    for (g = 0; g < group; ++g) {
+        soften(p + g * padded, seen, softcap, sinks ? sinks + first + g : nullptr);
+        if (v_scales)
+            for (int64_t t = 0; t < seen; ++t) p[g * padded + t] *= v_scales[places[t]];
     }
+    T* to = out + first * s.value_dim;
+    for (g = 0; g + HEADS <= group; g += HEADS)
+        mix<HEADS>(p + g * padded, padded, v, places, seen, s.value_dim, to + g * s.value_dim);
+    for (; g < group; ++g) mix<1>(p + g * padded, padded, v, places, seen, s.value_dim, to + g * s.value_dim);
 }
 
 // query rows[b]..rows[b]+queries of request b; out (T, heads, value_dim); tables (requests, table_width) of block numbers.
@@ -427,16 +623,16 @@ void paged_attention(const T* query, const C* k, const C* v, const float* k_scal
                      const float* codes, const float* sinks, T* out, const int64_t* rows, const int64_t* tables,
                      const int64_t* lengths, int64_t requests, const int64_t* shape, float scale, float softcap) {
     const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], shape[7], shape[8], shape[9]};
-    const int64_t tasks = requests * s.kv_heads;
+    const int64_t each = s.queries * s.kv_heads, tasks = requests * each;
 #pragma omp parallel if (tasks > 1)
     {
-        std::vector<float> scratch;
+        Scratch scratch;
         float8_table = codes;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 4)
         for (int64_t task = 0; task < tasks; ++task) {
-            const int64_t b = task / s.kv_heads;
-            attend(query + rows[b] * s.query_stride, k, v, k_scales, v_scales, sinks,
-                   out + rows[b] * s.heads * s.value_dim, tables + b * s.table_width, lengths[b], task % s.kv_heads, s,
+            const int64_t b = task / each, row = task % each / s.kv_heads, end = lengths[b] - s.queries + row + 1;
+            attend(query + (rows[b] + row) * s.query_stride, k, v, k_scales, v_scales, sinks,
+                   out + (rows[b] + row) * s.heads * s.value_dim, tables + b * s.table_width, end, task % s.kv_heads, s,
                    scale, softcap, scratch);
         }
     }
@@ -486,6 +682,12 @@ void paged_attention(const T* query, const C* k, const C* v, const float* k_scal
     }
 
 extern "C" {
+#ifdef __AVX512F__
+int64_t llmopt_multiplies_bf16() { return __builtin_cpu_supports("avx512bf16"); }
+void llmopt_linear_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16* out, int64_t m, int64_t n, int64_t k) {
+    linear_bf16(x, w, bias, out, m, n, k);
+}
+#endif
 void llmopt_nibbles(const uint8_t* packed, uint8_t* out, int64_t n, int64_t k, int64_t bits) {
     nibbles(packed, out, n, k, bits);
 }
