@@ -9,7 +9,7 @@ demo: $(INSTALLED)  ## size, quantize, benchmark and serve the embedded model; e
 	@$(BIN)/llmopt demo
 
 test: check  ## lint, types, tests
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadscope
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

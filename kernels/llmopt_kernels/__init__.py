@@ -54,7 +54,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch's: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
-    ours = cpu.multiplies(x, weight) and not rowwise.active()
+    ours = cpu.multiplies(x, weight, bias) and not rowwise.active()
     return cpu.linear(x, weight, bias) if ours else F.linear(x, weight, bias)
 
 

@@ -157,6 +157,7 @@ def _render(outcome: Outcome, job: Job) -> list[RenderableType]:
     facts = (
         ("modules", outcome.summary),
         ("calibrated", f"{text.windows * text.window:,} tokens of {text.file}, sha256 {text.sha256[:16]}"),
+        *_coverage(outcome),
         ("overlap", f"{outcome.overlap:.2%} of the evaluation's 13-grams are in the calibration text"),
         ("weights", f"{outcome.bytes_before / 1e6:,.2f} MB -> {outcome.bytes_after / 1e6:,.2f} MB ({saved:.1%} less)"),
         ("precision", f"{scheme.bits_per_weight:.3f} bits a weight of the blocks' linears; {ends_of(outcome)}"),
@@ -175,6 +176,15 @@ def _render(outcome: Outcome, job: Job) -> list[RenderableType]:
         table("Quality against the base", ("", "", "95 % interval"), quality_rows(quality), caption=measured),
         lines(facts),
     ]
+
+
+def _coverage(outcome: Outcome) -> list[tuple[str, str]]:
+    """How much of the calibration text reached the experts, if there are any."""
+    seen = sorted(module.tokens for module in outcome.modules if ".experts." in module.name)
+    if not seen:
+        return []
+    middle = seen[len(seen) // 2]
+    return [("experts", f"{len(seen)} linears saw {seen[0]:,} to {seen[-1]:,} tokens each, {middle:,} in the middle")]
 
 
 def _by_role(outcome: Outcome) -> list[tuple[str, ...]]:

@@ -69,7 +69,7 @@ class Job:
     @property
     def layout(self) -> Format:
         """The file format; UsageError if it is none or can't hold what the method makes."""
-        name = self.format or self.how.formats[0]
+        name = self.format or self._usual_format()
         if name not in FORMATS:
             raise UnknownNameError("format", name, FORMATS)
         if name not in self.how.formats:
@@ -77,6 +77,12 @@ class Job:
                 f"`{name}` files can't hold what {self.method} makes", f"it goes into: {', '.join(self.how.formats)}"
             )
         return FORMATS[name]
+
+    def _usual_format(self) -> str:
+        """The method's first one that holds the bits wanted, or just the first: it says what is wrong."""
+        wanted = {self.scheme.weight_bits} if self.target_bpw is None else set(self.how.bits)
+        fitting = (name for name in self.how.formats if wanted <= set(FORMATS[name].bits))
+        return next(fitting, self.how.formats[0])
 
     @property
     def files(self) -> Files:

@@ -30,9 +30,9 @@ class Wishes:
     def check(self, method: Method, form: Format) -> Wishes:
         """These; UsageError if the method or the format has no way to fulfil them."""
         if self.scales and form.cache_key is None:
+            other = "add --format compressed-tensors, or " * ("compressed-tensors" in method.formats)
             raise UsageError(
-                f"`{form.name}` files have no place for the scales of a KV cache",
-                "add --format compressed-tensors, or leave --kv-scales out",
+                f"`{form.name}` files have no place for the scales of a KV cache", f"{other}leave --kv-scales out"
             )
         if self.head and method.own_grid:
             raise UsageError(f"{method.name} decides by itself about the output head", "leave --quantize-head out")

@@ -195,7 +195,7 @@ def _make_room(state: SchedulerState, request: Request, length: int, preempted: 
     Those whose tokens are `planned` already keep their blocks.
     """
     missing = state.blocks_for(request.num_cached + length) - len(request.blocks)
-    while missing + state.shares_tail(request) > state.blocks.num_free:
+    while (needed := missing + state.shares_tail(request)) > 0 and needed > state.blocks.num_free:
         if state.reclaim():
             continue
         victim = state.preempt(planned)

@@ -87,3 +87,9 @@ def test_refusals_are_one_sentence_and_a_hint(
     assert "hint: " in run.stderr
     assert "Traceback" not in run.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_the_coverage_of_experts_is_told(llmopt: Run, tiny: Callable[..., Path]) -> None:
+    run = llmopt(str(tiny("Mixtral", num_local_experts=4)), *SMALL, "--method", "rtn")
+    assert run.returncode == 0, run.stderr
+    assert "experts     24 linears saw " in run.stdout

@@ -47,15 +47,16 @@ SHAPE = {
 def main(
     python: Annotated[str, typer.Argument(help="Python of an environment with llm-compressor.")],
     text: Annotated[Path, typer.Option(help="Text to judge by.")],
-    bits: Annotated[str, typer.Option(help="Widths to compare, with commas.")] = "4,3",
+    bits: Annotated[str, typer.Option(help="Widths to compare, with commas; `` for none.")] = "4,3",
     timed: Annotated[bool, typer.Option(help="Compare the time as well.")] = True,
     results: ResultsOpt = RESULTS,
 ) -> None:
     """Compare and keep the line."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
     with tempfile.TemporaryDirectory() as folder:
-        found = _quality(python, text, [int(one) for one in bits.split(",")], Path(folder))
-        keep("gptq_quality", "demo", found, results)
+        if bits:
+            found = _quality(python, text, [int(one) for one in bits.split(",")], Path(folder))
+            keep("gptq_quality", "demo", found, results)
         if timed:
             keep("gptq_time", "llama-110m", _time(python, text, Path(folder)), results)
 
@@ -70,7 +71,7 @@ def _quality(python: str, text: Path, widths: list[int], folder: Path) -> dict[s
         _peer(python, demo.path, folder / "ids", width, folder / f"peer{width}")
         peer = _llmopt("eval", "demo", folder / f"peer{width}", "--text", text)
         found[f"llm_compressor_gptq_{width}"] = peer["quality"]["kl_mean"]["value"]
-        for method in ("rtn", "gptq", "awq+gptq"):
+        for method in ("rtn", "gptq"):
             out = folder / f"{method}{width}"
             ours = _llmopt("quantize", "demo", "--method", method, "--bits", width, "--sym", "-o", out, *_texts(text))
             found[f"{method}_{width}"] = ours["quality"]["kl_mean"]["value"]

@@ -84,6 +84,35 @@ def test_rows_of_a_product_do_not_depend_on_each_other(
     assert torch.equal(found[count // 2 :], linear(x[count // 2 :], weight, bias))
 
 
+@pytest.mark.parametrize("use_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(
+    ("count", "rows", "width"), [(1, 12, 32), (5, 30, 70), (16, 25, 34), (33, 100, 256), (64, 7, 2)]
+)
+def test_product_of_few_rows_equals_its_formula(count: int, rows: int, width: int, use_bias: bool) -> None:
+    torch.manual_seed(5)
+    x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((count, width), (rows, width), (rows,)))
+    if not cpu.multiplies(x, weight, bias):
+        pytest.skip("this machine has no compiled product of bfloat16")
+    given = bias if use_bias else None
+    found = llmopt_kernels.linear(x, weight, given)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if given is None else given.double())
+    assert torch.allclose(found.double(), exact, rtol=2**-8, atol=1e-4)
+    assert torch.equal(found[-1:], cpu.linear(x[-1:], weight, given)), "a row depends on the others"
+
+
+@pytest.mark.parametrize("count", [3, 65])
+def test_product_is_torchs_where_there_is_no_compiled_one(count: int) -> None:
+    """In float32, for odd widths, strided weights, many rows, and a bias of another dtype, which torch refuses."""
+    for x, weight in (
+        (torch.randn(count, 8), torch.randn(5, 8)),
+        (torch.randn(count, 7).bfloat16(), torch.randn(5, 7).bfloat16()),
+        (torch.randn(count, 8).bfloat16(), torch.randn(8, 5).bfloat16().t()),
+    ):
+        assert torch.equal(llmopt_kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
+    with pytest.raises(RuntimeError):
+        llmopt_kernels.linear(torch.randn(count, 8).bfloat16(), torch.randn(5, 8).bfloat16(), torch.randn(5))
+
+
 @pytest.mark.parametrize("bits", [2, 3])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (5, 40), (64, 1024)])
 def test_codes_of_fewer_bits_come_back_as_nibbles(bits: int, rows: int, columns: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmopt_cli.model.formats.table import FORMATS
+from llmopt_cli.quant.job import Job
 from llmopt_cli.quant.methods import METHODS
 
 WIDTH = 256  # a multiple of every group and block
@@ -41,3 +42,9 @@ def test_the_default_format_holds_the_default_scheme(name: str) -> None:
     method = METHODS[name]
     assert method.scheme.method == name
     assert FORMATS[method.formats[0]].misfit(WIDTH, WIDTH, method.scheme) is None
+
+
+def test_without_a_format_it_is_the_first_that_holds_the_bits() -> None:
+    assert Job("demo", method="awq").layout.name == "awq"
+    assert Job("demo", method="awq", bits=3).layout.name == "compressed-tensors"
+    assert Job("demo", method="rtn", target_bpw=3.5).layout.name == "compressed-tensors"

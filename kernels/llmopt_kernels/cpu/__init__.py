@@ -18,6 +18,7 @@ from llmopt_kernels import reference
 from llmopt_kernels.paging import Pages, Rows, Rule
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+LIBRARIES = {"avx512": ("avx512", "avx2", "default"), "avx2": ("avx2", "default")}  # by capability, the best first
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 SIGNATURES = {  # of ops.cpp: pointers, sizes, floats
     "rms_norm": "pppiif",
@@ -54,8 +55,7 @@ def fits(x: Tensor, *others: Tensor) -> bool:
 @cache
 def library() -> ctypes.CDLL | None:
     """The best compiled library for this CPU, or None: not compiled, or torch came without an OpenMP runtime."""
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    wanted = {"avx512": ("avx512", "avx2", "default"), "avx2": ("avx2", "default")}.get(capability, ("default",))
+    wanted = LIBRARIES.get(torch.backends.cpu.get_cpu_capability().lower(), ("default",))
     folder = Path(__file__).parent
     for file in (folder / f"ops_{name}.so" for name in wanted):
         if file.is_file():
@@ -90,10 +90,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-def multiplies(x: Tensor, weight: Tensor) -> bool:
+def multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` has a compiled op for this product, and it is the fast way."""
     width = weight.shape[1]
-    able = fits(x, weight) and x.dtype == torch.bfloat16 and _pairs_bf16()
+    alike = fits(x, weight) if bias is None else fits(x, weight, bias)
+    able = alike and x.dtype == torch.bfloat16 and _pairs_bf16()
     return able and x.numel() <= MOST_PAIRED * width and width % 2 == 0 and weight.is_contiguous()
 
 
@@ -210,7 +211,7 @@ def nibbles(packed: Tensor, bits: int) -> Tensor:
 
 def takes(group: Rows) -> bool:
     """Whether `attend_rows` is the fast way for this group."""
-    return group.rows.shape[1] <= LONGEST_QUERY or group.longest <= LONGEST_PAST
+    return group.rows.shape[1] <= LONGEST_QUERY or (group.longest <= LONGEST_PAST and _is_wide())
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -222,6 +223,13 @@ def _dense_rows(x: Tensor) -> Tensor:
 def _float8_table(dtype: torch.dtype) -> Tensor:
     """What each of the 256 codes of an 8-bit float means, float32."""
     return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+
+
+@cache
+def _is_wide() -> bool:
+    """Whether the library was compiled for vectors of eight or sixteen."""
+    found = library()
+    return found is not None and "default" not in Path(found._name).name
 
 
 @cache

@@ -89,20 +89,23 @@ inline void store16(bf16* at, f32x16 x) {
 inline f32x16 floats(i32x16 x) { return __builtin_convertvector(x, f32x16); }
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
+inline f32x4 folded(f32x8 x) {
+    f32x4 fours[2];
+    std::memcpy(fours, &x, sizeof x);
+    return fours[0] + fours[1];
+}
 inline f32x4 folded(f32x16 x) {
     f32x8 eights[2];
     std::memcpy(eights, &x, sizeof x);
-    const f32x8 eight = eights[0] + eights[1];
-    f32x4 fours[2];
-    std::memcpy(fours, &eight, sizeof eight);
-    return fours[0] + fours[1];
+    return folded(eights[0] + eights[1]);
 }
 // In halves: one after the other, each addition would wait for the one before.
 inline float total(f32x16 x) {
     const f32x4 four = folded(x);
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
-inline f32x4 totals(const f32x16 (&x)[4]) {
+template <typename V>
+inline f32x4 totals(const V (&x)[4]) {
     const f32x4 a = folded(x[0]), b = folded(x[1]), c = folded(x[2]), d = folded(x[3]);
     const f32x4 ab = f32x4{a[0], b[0], a[1], b[1]} + f32x4{a[2], b[2], a[3], b[3]};
     const f32x4 cd = f32x4{c[0], d[0], c[1], d[1]} + f32x4{c[2], d[2], c[3], d[3]};
@@ -486,12 +489,44 @@ struct Shape {
     int64_t queries, heads, kv_heads, dim, value_dim, block_size, table_width, query_stride, window, chunk;
 };
 
-constexpr int64_t KEYS = 4, AHEAD = 12;  // keys that are multiplied at once; keys to fetch before they are needed
+// The widest vector that the machine has: GCC cuts longer ones up by way of memory.
 #ifdef __AVX512F__
-constexpr int HEADS = 2;  // whose sums fit in registers
+typedef f32x16 lanes;
+template <typename C>
+inline lanes load_lanes(const C* at) { return load16(at); }
+template <typename T>
+inline void store_lanes(T* at, lanes x) { store16(at, x); }
 #else
-constexpr int HEADS = 1;
+typedef f32x8 lanes;
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+inline lanes load_lanes(const float* at) {
+    lanes value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
+inline lanes load_lanes(const bf16* at) {
+    u16x8 bits;
+    std::memcpy(&bits, at, sizeof bits);
+    const i32x8 wide = __builtin_convertvector(bits, i32x8) << 16;
+    lanes value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+template <typename C>
+inline lanes load_lanes(const C* at) {
+    lanes value;
+    for (int i = 0; i < 8; ++i) value[i] = load(at[i]);
+    return value;
+}
+template <typename T>
+inline void store_lanes(T* at, lanes x) {
+    for (int i = 0; i < 8; ++i) store(at + i, x[i]);
+}
 #endif
+constexpr int64_t LANES = sizeof(lanes) / sizeof(float);
+constexpr int64_t KEYS = 4, AHEAD = 12;  // keys that are multiplied at once; keys to fetch before they are needed
+constexpr int HEADS = 2;                 // with so many keys, or four vectors of a value: their sums fit in registers
 
 template <typename C>
 inline void prefetch(const C* at, int64_t n) {
@@ -509,12 +544,12 @@ inline void score(const float* q, const C* k, const float* scales, const int64_t
             keys[j] = k + places[t + j] * dim;
             prefetch(k + places[std::min(t + AHEAD + j, n - 1)] * dim, dim);
         }
-        f32x16 sums[G][KEYS] = {};
+        lanes sums[G][KEYS] = {};
         int64_t i = 0;
-        for (; i + 16 <= dim; i += 16)
+        for (; i + LANES <= dim; i += LANES)
             for (int j = 0; j < KEYS; ++j) {
-                const f32x16 x = load16(keys[j] + i);
-                for (int g = 0; g < G; ++g) sums[g][j] += load16(q + g * dim + i) * x;
+                const lanes x = load_lanes(keys[j] + i);
+                for (int g = 0; g < G; ++g) sums[g][j] += load_lanes(q + g * dim + i) * x;
             }
         for (int g = 0; g < G; ++g) {
             f32x4 found = totals(sums[g]);
@@ -542,25 +577,25 @@ inline void soften(float* p, int64_t n, float softcap, const float* sink) {
     for (int64_t t = 0; t < n; ++t) p[t] *= inverse;
 }
 
-// V times sixteen columns of the values at the first n `places`, weighted by G rows of weights that are `apart`.
+// V vectors of columns of the values at the first n `places`, weighted by G rows of weights that are `apart`.
 template <int G, int V, typename T, typename C>
 inline void weigh(const float* p, int64_t apart, const C* v, const int64_t* places, int64_t n, int64_t dim, T* out) {
-    f32x16 sums[G][V] = {};
+    lanes sums[G][V] = {};
     for (int64_t t = 0; t < n; ++t)
         for (int c = 0; c < V; ++c) {
-            const f32x16 x = load16(v + places[t] * dim + 16 * c);
+            const lanes x = load_lanes(v + places[t] * dim + LANES * c);
             for (int g = 0; g < G; ++g) sums[g][c] += p[g * apart + t] * x;
         }
     for (int g = 0; g < G; ++g)
-        for (int c = 0; c < V; ++c) store16(out + g * dim + 16 * c, sums[g][c]);
+        for (int c = 0; c < V; ++c) store_lanes(out + g * dim + LANES * c, sums[g][c]);
 }
 
 // All columns of it -> out (G, dim).
 template <int G, typename T, typename C>
 inline void mix(const float* p, int64_t apart, const C* v, const int64_t* places, int64_t n, int64_t dim, T* out) {
     int64_t d = 0;
-    for (; d + 64 <= dim; d += 64) weigh<G, 4>(p, apart, v + d, places, n, dim, out + d);
-    for (; d + 16 <= dim; d += 16) weigh<G, 1>(p, apart, v + d, places, n, dim, out + d);
+    for (; d + 4 * LANES <= dim; d += 4 * LANES) weigh<G, 4>(p, apart, v + d, places, n, dim, out + d);
+    for (; d + LANES <= dim; d += LANES) weigh<G, 1>(p, apart, v + d, places, n, dim, out + d);
     for (; d < dim; ++d)
         for (int g = 0; g < G; ++g) {
             float sum = 0;
