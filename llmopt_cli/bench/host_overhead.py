@@ -92,6 +92,8 @@ def host_overhead(
         "requests": requests,
         "steps": steps,
         "host_us_by_queue": {str(queue): row["host_us"] for queue, row in rows.items()},
+        "longest_queue": QUEUES[-1],
+        "host_us_longest_queue": rows[QUEUES[-1]]["host_us"],
     }
     keep("host_overhead", "engine", metrics, results, recipe={"model": model or "random-llama-110m"})
 

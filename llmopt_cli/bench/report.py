@@ -36,7 +36,7 @@ FIGURES = (  # (metric, how the index shows it), in this order
     ("ideal_hit_rate", "{ideal_hit_rate:.1%} at best"),
     ("host_us", "{host_us:.1f} us a request and step beside model, sampling and text"),
     ("host_share", "{host_share:.1%} of a step of {step_ms:,.1f} ms"),
-    ("host_us_by_queue", "{host_us_by_queue[100000]:.1f} us before a queue of 100,000"),
+    ("longest_queue", "{host_us_longest_queue:.1f} us before a queue of {longest_queue:,}"),
     (
         "tokens_per_s",
         "output tok/s: {tokens_per_s[continuous]:,.0f} continuous, {tokens_per_s[static]:,.0f} static, "
