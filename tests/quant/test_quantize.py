@@ -390,7 +390,7 @@ REFUSED: list[tuple[dict[str, Any], type[LlmoptError], str]] = [
     ({"group_size": 0}, UsageError, "group size 0"),
     ({"correct": "gep"}, UnknownNameError, "unknown correction `gep`"),
     ({"bits": 5}, UsageError, "awq makes no 5-bit weights"),
-    ({"method": "awq", "bits": 3}, ModelError, "AWQ-gemm files hold 4 bits a weight, not 3"),
+    ({"method": "awq", "bits": 3, "format": "awq"}, ModelError, "AWQ-gemm files hold 4 bits a weight, not 3"),
     ({"method": "nf4", "format": "gptq", "group_size": None}, UsageError, "`gptq` files can't hold what nf4 makes"),
     ({"method": "fp8"}, UsageError, "fp8 has a grid of its own"),
     ({"group_size": 48}, ModelError, r"layers\.0\.self_attn\.q_proj.*64 inputs are no multiple of the group size 48"),

@@ -248,7 +248,7 @@ REFUSED: list[tuple[dict[str, Any], type[LlmoptError], str]] = [
     ({"rotate": True, "method": "q4_k_m", "group_size": None}, UsageError, "GGUF files are not made of rotated"),
     ({"quantize_head": True, "method": "fp8", "group_size": None}, UsageError, "decides by itself about the output"),
     ({"kv_scales": True}, UsageError, "`awq` files have no place for the scales of a KV cache"),
-    ({"target_bpw": 4.5}, UsageError, "an AWQ file holds one precision"),
+    ({"target_bpw": 4.5, "format": "awq"}, UsageError, "an AWQ file holds one precision"),
     ({"target_bpw": 4.5, "bits": 4, "format": "gptq"}, UsageError, "--bits and --target-bpw both"),
     ({"target_bpw": 2.0, "format": "gptq"}, UsageError, r"2 bits per weight are too few: .* 2\.5"),
     ({"target_bpw": 7, "method": "fp8", "group_size": None}, UsageError, "fp8 makes weights of one width"),
