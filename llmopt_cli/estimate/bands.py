@@ -81,11 +81,6 @@ def throughput_band(on: Deployment) -> Band | None:
     return find("offline_tok_s", on)
 
 
-def single_band(on: Deployment) -> Band | None:
-    """The band of tokens a second of one request alone."""
-    return find("decode_b1_tok_s", on)
-
-
 def find(figure: str, on: Deployment) -> Band | None:
     """The band of a figure: of the engine's own runs, else of all engines' together; None where nobody measured it."""
     own, any_engine = ((figure, kind(on.spec), engine) for engine in (on.engine.name, ""))

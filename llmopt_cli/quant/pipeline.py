@@ -248,7 +248,8 @@ class Pipeline:
         parts = {place: plain[place].batches(together) for place in places(block, groups).values() if plain}
         states = (dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True))
         run = partial(self.walk.run, index)
-        found = observe(block, groups, self._batches(name, index), run, CALL_TOKENS, states if parts else None)
+        kept = CALL_TOKENS if self.settings.method.scaler else 0
+        found = observe(block, groups, self._batches(name, index), run, kept, states if parts else None)
         trim()
         return found
 

@@ -17,7 +17,6 @@ from llmopt_cli.errors import CheckpointError, InterruptedWorkError, ModelError,
 from llmopt_cli.model.load import load_model
 from llmopt_cli.model.stream import Store
 from llmopt_cli.output import Report
-from llmopt_cli.quant.calibrate import CALIBRATION, EVALUATION
 from llmopt_cli.quant.dryrun import plan
 from llmopt_cli.quant.evaluate import evaluate
 from llmopt_cli.quant.ggml_method import ggml
@@ -46,15 +45,6 @@ def interrupted(label: str) -> Iterator[Report]:
             raise KeyboardInterrupt
 
     yield report
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The first lines of the bundled texts."""
-    folder = tmp_path_factory.mktemp("texts")
-    for path in map(Path, (CALIBRATION, EVALUATION)):
-        (folder / path.name).write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
-    return {name: folder / f"{name}.jsonl" for name in ("calibration", "evaluation")}
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from llmopt_cli.model.stream import Store
 from llmopt_cli.output import Report
 from llmopt_cli.quant import write
 from llmopt_cli.quant.blocks import FEWEST_TOKENS, digest
-from llmopt_cli.quant.calibrate import CALIBRATION, EVALUATION, Corpus, sample, windows
+from llmopt_cli.quant.calibrate import EVALUATION, Corpus, sample, windows
 from llmopt_cli.quant.dryrun import plan
 from llmopt_cli.quant.evaluate import evaluate
 from llmopt_cli.quant.methods import METHODS
@@ -59,15 +59,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Outc
         name: Job("demo", method=name, out=root / name, samples=SAMPLES, seq_len=SEQ_LEN) for name in ("awq", "rtn")
     }
     return {name: (job.folder, quantize(job, quietly)) for name, job in jobs.items()}
-
-
-@pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The first lines of the bundled texts."""
-    folder = tmp_path_factory.mktemp("texts")
-    for path in map(Path, (CALIBRATION, EVALUATION)):
-        (folder / path.name).write_text("".join(path.read_text().splitlines(keepends=True)[:6]))
-    return {name: folder / f"{name}.jsonl" for name in ("calibration", "evaluation")}
 
 
 @pytest.fixture

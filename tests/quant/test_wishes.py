@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from llmopt_cli.errors import InterruptedWorkError, LlmoptError, ModelError, UsageError
 from llmopt_cli.model.load import load_model
 from llmopt_cli.output import Report
-from llmopt_cli.quant.calibrate import CALIBRATION, EVALUATION
 from llmopt_cli.quant.dryrun import plan
 from llmopt_cli.quant.evaluate import evaluate
 from llmopt_cli.quant.job import Job
@@ -35,15 +34,6 @@ Make = Callable[..., Job]
 @contextmanager
 def quietly(label: str) -> Iterator[Report]:
     yield lambda done, total: None
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The first lines of the bundled texts."""
-    folder = tmp_path_factory.mktemp("texts")
-    for path in map(Path, (CALIBRATION, EVALUATION)):
-        (folder / path.name).write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
-    return {name: folder / f"{name}.jsonl" for name in ("calibration", "evaluation")}
 
 
 @pytest.fixture
