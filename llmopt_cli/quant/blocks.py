@@ -62,7 +62,7 @@ class Settings:
 
     `exceptions` are linears of another precision, `ends` weights outside the blocks that are quantized without any
     statistics. `rotation` turns the model beforehand; `head` quantizes the output head with statistics, `kv_scales`
-    asks for those of an 8-bit KV cache.
+    asks for those of an 8-bit KV cache. `products` is the dtype in which the calibration text is multiplied.
     """
 
     method: Method
@@ -76,6 +76,7 @@ class Settings:
     rotation: Rotation | None = None
     head: bool = False
     kv_scales: bool = False
+    products: torch.dtype = torch.float32
 
     def scheme_of(self, linear: str) -> Scheme:
         """The precision of the linear of this name in the tree."""

@@ -30,7 +30,7 @@ from llmopt_cli.spec.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from llmopt_cli.quant.job import Job
 
-PASSES = 3.5  # runs of a block over the calibration text: its groups look at parts of it, then it hands on the states
+PASSES = 2.5  # runs of a block over the calibration text: its groups look at parts of it, then it hands on the states
 JUDGED_PASSES = 2  # of the evaluation text: base and quantized
 SOLVED_ROWS = 256  # of a weight are solved to learn how long all of them take
 SCRATCH = 3  # copies of the largest weight and of its statistics that a solver holds
@@ -76,7 +76,7 @@ def plan(job: Job, evaluation_windows: int) -> Plan:
         rehearse(Walk(skeleton), rotation, wishes.scales)
         blocks, memory = len(skeleton.blocks), _memory(job, parts, skeleton)
     output = output_bytes(parts, job.typical, checkpoint)
-    tokens = (job.samples * job.streams + 2 * evaluation_windows) * job.seq_len
+    tokens = round((job.samples * job.streams + 2 * evaluation_windows) * job.seq_len)
     return Plan(
         model=checkpoint.name,
         method=job.method,
@@ -138,33 +138,33 @@ def _role(name: str) -> str:
 def _seconds(job: Job, parts: Layout, blocks: int, evaluation_windows: int) -> float:
     """Solvers and statistics of all shapes, and all passes through the blocks."""
     tokens = job.samples * job.seq_len
-    passes = (
-        PASSES * (2 if job.widths else 1) + job.corrected
-    ) * tokens + JUDGED_PASSES * evaluation_windows * job.seq_len
+    passes = (PASSES * (2 if job.widths else 1) + job.corrected) * tokens
+    judged = JUDGED_PASSES * evaluation_windows * job.seq_len
     total = 0.0
     for shape, count in Counter(parts.linears.values()).items():
-        forward, gram, solver = _timed(job, shape)
-        total += count * (passes * forward + tokens * gram / 2 + solver)
+        fast, exact, gram, solver = _timed(job, shape)
+        total += count * (passes * fast + judged * exact + tokens * gram / 2 + solver)
     return total
 
 
-def _timed(job: Job, shape: tuple[int, int]) -> tuple[float, float, float]:
-    """Seconds of the product and of the statistics per token, and of the solver, for a weight [out, in]."""
+def _timed(job: Job, shape: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Seconds per token of products, of exact ones and of statistics, and of the solver, for a weight [out, in]."""
     rows, columns = shape
     device = pick_device(job.device)
     x = torch.randn(BATCH_TOKENS, columns, device=device)
     weight = torch.randn(min(rows, SOLVED_ROWS), columns, device=device)
     gram = x.T @ x / len(x) + torch.eye(columns, device=device)
-    forward = _clock(lambda: x @ weight.T) / BATCH_TOKENS * rows / len(weight)
-    statistics = _clock(lambda: x.T @ x) / BATCH_TOKENS
+    parts, dtype = rows / len(weight), job.how.products(device)
+    exact = _clock(lambda: x @ weight.T) / BATCH_TOKENS * parts
+    fast = _clock(lambda: x.to(dtype) @ weight.to(dtype).T) / BATCH_TOKENS * parts
+    statistics = _clock(lambda: x.T.to(dtype) @ x.to(dtype)) / BATCH_TOKENS
     scheme = job.scheme if job.layout.misfit(rows, columns, job.scheme) is None else replace(job.scheme, group_size=0)
     method = job.how
-    parts = rows / len(weight)
     solver = parts * _clock(lambda: method.solver(weight, gram if method.needs_gram else None, scheme))
     if method.scaler is not None:
         rounding = parts * _clock(lambda: METHODS[FALLBACK].solver(weight, None, scheme))
-        solver = SCALER_SOLVES * solver + SCALER_TRIES * (BATCH_TOKENS * forward + rounding)
-    return forward, statistics, solver
+        solver = SCALER_SOLVES * solver + SCALER_TRIES * (BATCH_TOKENS * exact + rounding)
+    return fast, exact, statistics, solver
 
 
 def _clock(work: Callable[[], object]) -> float:

@@ -73,10 +73,13 @@ def evaluate(
     ):
         walks = [Walk(one), Walk(two)]
         streams = [_through(walk, ids, Path(folder) / str(index), progress) for index, walk in enumerate(walks)]
+
+        def both(ids: Tensor, first: Tensor, second: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
+            return walks[0].at(ids, first, positions), walks[1].at(ids, second, positions)
+
         with progress("comparing") as report, one.outside(), two.outside():
             batches = zip(torch.split(ids, 1), *(stream.batches(1) for stream in streams), strict=True)
-            pairs = ((partial(walks[0].at, x, one), partial(walks[1].at, x, two), x) for x, one, two in batches)
-            quality = compare_pairs(pairs, len(ids), report)
+            quality = compare_pairs(((partial(both, *batch), batch[0]) for batch in batches), len(ids), report)
     sizes = [checkpoint.nbytes for checkpoint in checkpoints]
     return Comparison(base, other, TextUsed.of(corpus, ids), quality, *sizes)
 

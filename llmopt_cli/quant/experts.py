@@ -42,7 +42,8 @@ class Experts(nn.ModuleList):
         out = torch.zeros_like(hidden_states)
         for index, expert in enumerate(self):
             token, slot = torch.where(top_k_index == index)
-            out.index_add_(0, token, expert(hidden_states[token]) * top_k_weights[token, slot, None])
+            weighted = expert(hidden_states[token]) * top_k_weights[token, slot, None]
+            out.index_add_(0, token, weighted.to(out.dtype))
         return out
 
 

@@ -21,7 +21,8 @@ from llmopt_cli.spec.gguf import MIXES
 from llmopt_cli.spec.scheme import Scheme
 
 CORRECTIONS = {"qep": True, "none": False}
-CORRECTION_STREAMS = 3  # that of the base, and for one block what the base has at four places, in one copy
+CORRECTION_STREAMS = 2.5  # that of the base, and for one block what the base has inside of it at three places, once
+KEPT_STREAMS = 0.5  # for one block what its attention is about to put out, once
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +131,9 @@ class Job:
         return Wishes(self.rotate, self.quantize_head, self.kv_scales).check(self.how, self.layout)
 
     @property
-    def streams(self) -> int:
-        """How many streams of the calibration text lie on the disk at once, at most."""
-        return 1 + bool(self.widths) + CORRECTION_STREAMS * self.corrected
+    def streams(self) -> float:
+        """How many streams of the calibration text lie on the disk at once, at most; each before and behind a block."""
+        return 1 + bool(self.widths) + KEPT_STREAMS + CORRECTION_STREAMS * self.corrected
 
     @property
     def corrected(self) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from llmopt_cli.quant import awq, smooth
@@ -55,6 +56,14 @@ class Method:
     def blind_solver(self) -> Solver:
         """What quantizes a weight of which nothing but its numbers is known."""
         return self.blind or _rtn
+
+    def products(self, device: torch.device) -> torch.dtype:
+        """What the calibration text is multiplied in: bfloat16 where that is at least twice as fast as float32.
+
+        Means over many tokens don't show its rounding. But a scaler compares the outputs of a few.
+        """
+        native = device.type != "cpu" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        return torch.bfloat16 if native and self.scaler is None else torch.float32
 
 
 def _rtn(weight: Tensor, gram: Tensor | None, scheme: Scheme) -> Solved:

@@ -24,12 +24,13 @@ from llmopt_cli.quant.blocks import Made, ModuleReport, Settings, digest, quanti
 from llmopt_cli.quant.ends import Ends
 from llmopt_cli.quant.kv_scales import kv_scales, watched
 from llmopt_cli.quant.outside import embedding_and_head
+from llmopt_cli.quant.passes import Passes, let_through
 from llmopt_cli.quant.quality import Quality, compare_pairs
 from llmopt_cli.quant.rotate import changed_vectors, rotate_block
-from llmopt_cli.quant.skeleton import Skeleton, trim
+from llmopt_cli.quant.skeleton import Skeleton
 from llmopt_cli.quant.streams import Stream
 from llmopt_cli.quant.structure import Group, find_groups, find_stages
-from llmopt_cli.quant.walk import Seen, Walk, at_once, caught, observe, places
+from llmopt_cli.quant.walk import Seen, Walk, at_once, observe, places
 from llmopt_cli.quant.work import Work
 from llmopt_cli.spec.scheme import Scheme
 
@@ -115,16 +116,17 @@ class Pipeline:
         base, ours = (self._stream(name, self.blocks) for name in (BASE, OURS))
         ends = self.ends.weights()
 
-        def judged(ids: Tensor, hidden: Tensor, positions: slice) -> Tensor:
+        def both(ids: Tensor, one: Tensor, other: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
+            if not ends:  # one product of twice the rows is faster than two
+                found = self.walk.at(ids.expand(2, -1), torch.cat([one, other]), positions)
+                return found[:1], found[1:]
             with self.skeleton.holding(ends):
-                return self.walk.at(ids, hidden, positions)
+                judged = self.walk.at(ids, other, positions)
+            return self.walk.at(ids, one, positions), judged
 
         with self.skeleton.outside():
-            pairs = (
-                (partial(self.walk.at, ids, one), partial(judged, ids, other), ids)
-                for ids, one, other in zip(torch.split(self.judged, 1), base.batches(1), ours.batches(1), strict=True)
-            )
-            return compare_pairs(pairs, len(self.judged), report)
+            batches = zip(torch.split(self.judged, 1), base.batches(1), ours.batches(1), strict=True)
+            return compare_pairs(((partial(both, *batch), batch[0]) for batch in batches), len(self.judged), report)
 
     def _trial_ids(self) -> Tensor:
         return self.fitted[:1, :TRIAL_TOKENS]
@@ -154,10 +156,11 @@ class Pipeline:
         with self.skeleton.block(index) as block:
             self._advance(BASE, index)
             groups, vectors = self._prepare(block, index, FITTED)
-            plain = self._plain(block, index, groups) if self.settings.correct else {}
-            watch = partial(self._watch, FITTED, index, block, plain)
-            made = quantize_block(block, self._name(index), groups, watch, self.settings)
-            made.vectors = vectors | made.vectors | self._fit(block, index)
+            passes = self._passes(FITTED, index, block)
+            if self.settings.correct:
+                passes.plain = self._plain(block, index, groups)
+            made = quantize_block(block, self._name(index), groups, passes.watch, self.settings)
+            made.vectors = vectors | made.vectors | self._fit(block, index, passes)
             self._advance(OURS, index)
             tensors, facts = self._pack(made)
         self.work.commit(index, tensors, facts)
@@ -177,14 +180,14 @@ class Pipeline:
         turn = partial(rotate_block, block, where, groups, rotation, run, trial)
         return groups, {f"{where}.{key}": vector for key, vector in changed_vectors(block, turn, dtypes).items()}
 
-    def _fit(self, block: nn.Module, index: int) -> dict[str, Tensor]:
+    def _fit(self, block: nn.Module, index: int, passes: Passes) -> dict[str, Tensor]:
         """Let the calibration text through the block if something follows; the scales of its cache, if wanted."""
         if self.settings.kv_scales:
             with watched(block, self._name(index)) as ranges:
                 self._advance(FITTED, index)
             return kv_scales(block, self._name(index), ranges)
         if index + 1 < self.work.total:
-            self._advance(FITTED, index)
+            passes.finish(self.work.stream(FITTED, index + 1))
         return {}
 
     def _finish(self, index: int) -> None:
@@ -207,9 +210,8 @@ class Pipeline:
         """What the linears of a block would lose at each width, all before it being as they were."""
         with self.skeleton.block(index) as block:
             groups, _ = self._prepare(block, index, WEIGHED)
-            watch = partial(self._watch, WEIGHED, index, block, {})
-            stages = find_stages(block, groups)
-            pairs = ((group, seen) for stage in stages for group, seen in zip(stage, watch(stage), strict=True))
+            passes, stages = self._passes(WEIGHED, index, block), find_stages(block, groups)
+            pairs = ((group, seen) for stage in stages for group, seen in zip(stage, passes.watch(stage), strict=True))
             found = claims(block, self._name(index), pairs, schemes)
             if index + 1 < self.work.total:
                 self._advance(WEIGHED, index)
@@ -222,36 +224,29 @@ class Pipeline:
         return [claim.times(2 * self.blocks) for claim in found]
 
     def _advance(self, name: str, index: int) -> None:
-        stream = self._stream(name, index)
         path = self.work.stream(name, index + 1)
-        stream.mapped(path, at_once(self._ids(name)), partial(self.walk.run, index))
+        self._stream(name, index).mapped(path, at_once(self._ids(name)), self._run(name, index))
+
+    def _passes(self, name: str, index: int, block: nn.Module) -> Passes:
+        """Those of the stream `name` through a block, with shortcuts if what is observed stays as it is."""
+        stream, scaled = self._stream(name, index), self.settings.method.scaler is not None
+        passes = Passes(block, stream, at_once(self._ids(name)), self._run(name, index), self.settings.products)
+        passes.calls = CALL_TOKENS if scaled else 0
+        if name == FITTED and not scaled:
+            passes.place = lambda linear: self.work.stream(f"{name}.{linear}", index)
+        return passes
 
     def _plain(self, block: nn.Module, index: int, groups: Sequence[Group]) -> dict[str, Stream]:
         """Let the calibration text through the unquantized block; what it has where errors will be looked for."""
         paths = {name: self.work.stream(f"{TRUE}.{name}", index) for name in places(block, groups).values()}
         paths[""] = self.work.stream(TRUE, index + 1)
+        stream, together = self._stream(TRUE, index), at_once(self.fitted)
+        return let_through(block, stream, together, self._run(TRUE, index), paths, self.settings.products)
 
-        def states() -> Iterator[dict[str, Tensor]]:
-            for hidden in self._batches(TRUE, index):
-                found, _ = caught(block, list(paths), (), partial(self.walk.run, index, hidden))
-                # Some blocks hand their MLP the tokens of all windows in one row.
-                yield {name: state.reshape(*hidden.shape[:2], -1) for name, state in found.items()}
-
-        return Stream.write_all(paths, states())
-
-    def _watch(
-        self, name: str, index: int, block: nn.Module, plain: Mapping[str, Stream], groups: Sequence[Group]
-    ) -> list[Seen]:
-        """What `groups` see of the stream `name`, and how far that is from what the unquantized model has, if known."""
-        trim()
-        together = at_once(self._ids(name))
-        parts = {place: plain[place].batches(together) for place in places(block, groups).values() if plain}
-        states = (dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True))
-        run = partial(self.walk.run, index)
-        kept = CALL_TOKENS if self.settings.method.scaler else 0
-        found = observe(block, groups, self._batches(name, index), run, kept, states if parts else None)
-        trim()
-        return found
+    def _run(self, name: str, index: int) -> Callable[[Tensor], Tensor]:
+        """A block's forward pass, exact for what is judged."""
+        products = torch.float32 if name in (BASE, OURS) else self.settings.products
+        return partial(self.walk.run, index, products=products)
 
     def _batches(self, name: str, index: int) -> Iterator[Tensor]:
         return self._stream(name, index).batches(at_once(self._ids(name)))

@@ -18,8 +18,8 @@ from llmopt_cli.errors import ModelError
 from llmopt_cli.output import Report
 
 Logits = Callable[[Tensor], Tensor]  # token ids int64 [1, L] -> logits [1, L, vocabulary]
-Positions = Callable[[slice], Tensor]  # some of a window's positions -> logits [1, T, vocabulary] there
-TILE = 32  # positions at once
+Both = Callable[[slice], tuple[Tensor, Tensor]]  # some of a window's positions -> logits [1, T, V] of both models
+TILE = 64  # positions at once
 RESAMPLES = 500
 SEED = 0  # of the resampling: the same measurements have the same interval
 CONVENTION = "windows do not overlap; every token but a window's first is scored"
@@ -66,23 +66,22 @@ class TokenScores(NamedTuple):
 @torch.inference_mode()
 def compare(base: Logits, other: Logits, windows: Tensor, report: Report) -> Quality:
     """Measure on token ids int64 [N, L], N of at least 2. ModelError if logits are not finite."""
-    both = ((base(ids), other(ids), ids) for ids in torch.split(windows, 1))
-    pairs = ((partial(_at, one), partial(_at, two), ids) for one, two, ids in both)
+    pairs = ((partial(_at, base(ids), other(ids)), ids) for ids in torch.split(windows, 1))
     return compare_pairs(pairs, len(windows), report)
 
 
-def _at(logits: Tensor, positions: slice) -> Tensor:
-    return logits[:, positions]
+def _at(base: Tensor, other: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
+    return base[:, positions], other[:, positions]
 
 
 @torch.inference_mode()
-def compare_pairs(pairs: Iterable[tuple[Positions, Positions, Tensor]], count: int, report: Report) -> Quality:
-    """Measure on (base, other, token ids [1, L]) of `count` windows, at least 2. Peak memory: logits of TILE tokens."""
+def compare_pairs(pairs: Iterable[tuple[Both, Tensor]], count: int, report: Report) -> Quality:
+    """Measure on (logits, token ids [1, L]) of `count` windows, at least 2. Peak memory: logits of TILE tokens."""
     assert count > 1
     scored = []
-    for done, (base, other, ids) in enumerate(pairs, start=1):
+    for done, (both, ids) in enumerate(pairs, start=1):
         tiles = [slice(at, min(at + TILE, ids.shape[1] - 1)) for at in range(0, ids.shape[1] - 1, TILE)]
-        parts = [score(base(tile), other(tile), ids[:, tile.start + 1 : tile.stop + 1]) for tile in tiles]
+        parts = [score(*both(tile), ids[:, tile.start + 1 : tile.stop + 1]) for tile in tiles]
         scored.append([torch.cat(field, 1) for field in zip(*parts, strict=True)])
         report(done, count)
     return summarize(TokenScores(*(torch.cat(field) for field in zip(*scored, strict=True))))
@@ -91,14 +90,14 @@ def compare_pairs(pairs: Iterable[tuple[Positions, Positions, Tensor]], count: i
 def score(base_logits: Tensor, other_logits: Tensor, true: Tensor) -> TokenScores:
     """Score logits [B, T, V] of both models, where the tokens `true` [B, T] came next."""
     base, other = (logits.float().log_softmax(-1) for logits in (base_logits, other_logits))
-    if not bool(base.isfinite().all() and other.isfinite().all()):
-        raise ModelError("the model's logits are not finite numbers, so its quality can't be measured")
-    found = true[..., None].to(base.device)
-    kl = (base.exp() * (base - other)).sum(-1).clamp(min=0)  # rounding may put a vanishing KL below zero
     same = (base.argmax(-1) == other.argmax(-1)).float()
-    return TokenScores(
-        *(part.cpu() for part in (base.gather(-1, found)[..., 0], other.gather(-1, found)[..., 0], kl, same))
-    )
+    true = true[..., None].to(base.device)
+    found = [logits.gather(-1, true)[..., 0] for logits in (base, other)]
+    # In place: no third and fourth tensor of the vocabulary's size.
+    kl = torch.linalg.vecdot(other.sub_(base), base.exp_()).neg_()
+    if not bool(kl.isfinite().all()):
+        raise ModelError("the model's logits are not finite numbers, so its quality can't be measured")
+    return TokenScores(*(part.cpu() for part in (*found, kl.clamp_(min=0), same)))  # rounding may put a 0 below zero
 
 
 def summarize(scores: TokenScores) -> Quality:

@@ -63,7 +63,8 @@ class Outcome:
 
     `overlap` is the share of the evaluation's 13-grams that the calibration text has, too. `ends` are the weights
     outside the blocks that are quantized as well, and the precision of each. `untied_bytes` are those of an output head
-    that in the base is the embedding, `head_bits` those of a weight of a quantized head.
+    that in the base is the embedding, `head_bits` those of a weight of a quantized head. `products` is the dtype in
+    which the calibration text was multiplied.
     """
 
     model: str
@@ -74,6 +75,7 @@ class Outcome:
     seed: int
     calibration: TextUsed
     evaluation: TextUsed
+    products: str
     overlap: float
     summary: str
     warnings: tuple[str, ...]
@@ -114,7 +116,7 @@ def quantize(job: Job, progress: Progress) -> Outcome:
         parts = Layout.of(skeleton, fixed, wishes)
         for scheme in schemes.values() or [job.scheme]:
             refuse_misfits(parts, layout, scheme)
-        tokens = (len(texts.fitted) * job.streams + 2 * len(texts.judged)) * job.seq_len
+        tokens = round((len(texts.fitted) * job.streams + 2 * len(texts.judged)) * job.seq_len)
         refuse_full_disk(folder, parts, job.typical, checkpoint, tokens)
         settings, walk, steps = _settings(job, skeleton, parts, stored), Walk(skeleton), len(skeleton.blocks)
         run = _fingerprint(job, checkpoint, texts)
@@ -172,6 +174,7 @@ def _settings(job: Job, skeleton: Skeleton, parts: Layout, stored: Mapping[str, 
         rotation=Rotation.make(parts.hidden, job.seed, skeleton.device) if job.rotate else None,
         head=job.quantize_head,
         kv_scales=job.kv_scales,
+        products=job.how.products(skeleton.device),
     )
 
 
@@ -221,6 +224,7 @@ def _outcome(
         seed=job.seed,
         calibration=TextUsed.of(texts.calibration, texts.fitted),
         evaluation=TextUsed.of(texts.evaluation, texts.judged),
+        products=str(settings.products).removeprefix("torch."),
         overlap=shared,
         summary=summary(reports, job.method),
         warnings=(*warnings(reports, shared), *substitutes(job.files.notes(checkpoint))),

@@ -1,4 +1,4 @@
-"""Hidden states on their way through a model, on disk: float32 files that are mapped, so they cost no memory.
+"""Hidden states on their way through a model, on disk: files that are mapped, so they cost no memory.
 
 Knows files; neither models nor what the numbers mean.
 """
@@ -6,11 +6,11 @@ Knows files; neither models nor what the numbers mean.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Self
 
 import torch
 from torch import Tensor
@@ -39,41 +39,57 @@ def settle(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Stream:
-    """`count` windows of hidden states, float32 [count, length, width], as they are before some block."""
+    """`count` windows of hidden states [count, length, width], as they are before some block or inside of it."""
 
     path: Path
     shape: tuple[int, int, int]
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def open(cls, path: Path, windows: Tensor) -> Stream:
-        """The stream that was written there for token ids [N, L]."""
+        """The float32 stream that was written there for token ids [N, L]."""
         count, length = windows.shape
         return cls(path, (count, length, path.stat().st_size // (4 * count * length)))
 
     @classmethod
     def write(cls, path: Path, batches: Iterable[Tensor]) -> Stream:
-        """Write batches [B, L, H] one after the other; the file appears when it is whole."""
-        return cls.write_all({"": path}, ({"": batch} for batch in batches))[""]
-
-    @classmethod
-    def write_all(cls, paths: Mapping[str, Path], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Stream]:
-        """The same for several streams, of which every batch has a part."""
-        shapes = dict.fromkeys(paths, (0, 0, 0))
-        with ExitStack() as stack:
-            files = {name: stack.enter_context(replacing(path)) for name, path in paths.items()}
+        """Write batches [B, L, H] one after the other, in their own dtype; the file appears when it is whole."""
+        with Writer(path) as writer:
             for batch in batches:
-                for name, file in files.items():
-                    part = batch[name]
-                    file.write(part.detach().to("cpu", torch.float32).contiguous().numpy().data)
-                    shapes[name] = (shapes[name][0] + part.shape[0], part.shape[1], part.shape[2])
-        return {name: cls(path, shapes[name]) for name, path in paths.items()}
+                writer.add(batch)
+        return writer.stream
 
     def batches(self, windows: int) -> Iterator[Tensor]:
         """The states, `windows` windows at a time, mapped from the file."""
         count, length, width = self.shape
-        whole = torch.from_file(str(self.path), shared=False, size=count * length * width, dtype=torch.float32)
+        whole = torch.from_file(str(self.path), shared=False, size=count * length * width, dtype=self.dtype)
         yield from torch.split(whole.view(self.shape), windows)
 
     def mapped(self, path: Path, windows: int, step: Callable[[Tensor], Tensor]) -> Stream:
         """A new stream: `step` of every batch of this one."""
         return Stream.write(path, (step(batch) for batch in self.batches(windows)))
+
+
+class Writer:
+    """A stream in the making, for use as a context manager; `stream` is it, once it is whole."""
+
+    stream: Stream
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._file = self._stack.enter_context(replacing(self._path))
+        self._windows = 0
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def add(self, batch: Tensor) -> None:
+        """Write the next windows [B, L, H], of the shape and dtype of those before but for B."""
+        plain = batch.detach().cpu().contiguous()
+        self._file.write(plain.view(torch.uint8).numpy().data)
+        self._windows += len(plain)
+        self.stream = Stream(self._path, (self._windows, plain.shape[1], plain.shape[2]), plain.dtype)

@@ -44,17 +44,30 @@ class Producer:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A module whose output is that of a linear in it: by itself, or in a tuple with `more` things that are None."""
+
+    name: str
+    more: int | None
+
+    def answer(self, output: Tensor) -> Any:
+        """What the module puts out when its linear does `output`."""
+        return output if self.more is None else (output, *[None] * self.more)
+
+
+@dataclass(frozen=True)
 class Group:
     """Linears of a block that read one tensor; `parent` is the smallest module that holds them all.
 
     If a lone linear's output is added to the residual stream, `sum` is the norm that reads it first, or `` where the
-    block puts it out.
+    block puts it out, and `whole` the largest module that puts out just what the linear does.
     """
 
     linears: tuple[str, ...]
     parent: str
     producer: Producer | None = None
     sum: str | None = None
+    whole: Whole | None = None
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
@@ -118,7 +131,7 @@ def find_stages(block: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
 def find_groups(block: nn.Module, run: Run, where: str) -> list[Group]:
     """The block's linears by the tensor they read, in the order they run; producers have passed their trial."""
     linears = find_linears(block, where)
-    reads, writes = _trace(block, linears, run)
+    reads, writes, outputs = _trace(block, linears, run)
     unused = linears.keys() - {name for name, _ in reads}
     if unused:
         raise ModelError(f"`{where}.{min(unused)}` is not run by its block, so its error can't be measured")
@@ -131,7 +144,8 @@ def find_groups(block: nn.Module, run: Run, where: str) -> list[Group]:
         norms = [name for name, output in writes if id(output) == source]
         candidates = _candidates(block, group, norms, [name for name, _ in reads])
         producer = next((one for one in candidates if _keeps_output(block, group, one, run)), None)
-        found.append(replace(group, producer=producer, sum=_find_sum(block, group, run)))
+        group = replace(group, producer=producer, sum=_find_sum(block, group, run))
+        found.append(replace(group, whole=_find_whole(group, outputs) if group.sum is not None else None))
     return found
 
 
@@ -199,20 +213,36 @@ def fold(block: nn.Module, producer: Producer, scale: Tensor, stored: torch.dtyp
 
 def _trace(
     block: nn.Module, linears: dict[str, nn.Linear], run: Run
-) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
-    """(linear, the tensor it read) in running order, and (norm, the tensor it wrote)."""
+) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]], list[tuple[str, Any]]]:
+    """(linear, the tensor it read) in running order, (norm, the tensor it wrote), (module, what it put out)."""
     reads: list[tuple[str, Tensor]] = []
     writes: list[tuple[str, Tensor]] = []
+    outputs: list[tuple[str, Any]] = []
     hooks = []
     for name, module in block.named_modules():
         if name in linears:
             hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: reads.append((name, args[0]))))
         elif getattr(getattr(module, "weight", None), "ndim", 0) == 1:
             hooks.append(module.register_forward_hook(lambda _, args, out, name=name: writes.append((name, out))))
+        if name:
+            hooks.append(module.register_forward_hook(lambda _, args, out, name=name: outputs.append((name, out))))
     run()
     for hook in hooks:
         hook.remove()
-    return reads, writes
+    return reads, writes, outputs
+
+
+def _find_whole(group: Group, outputs: Sequence[tuple[str, Any]]) -> Whole | None:
+    """The last of the modules around a lone linear whose `outputs` are its own, of tokens in rows of windows."""
+    own = next(output for name, output in outputs if name == group.linears[0])
+    if own.ndim != 3:
+        return None
+    found = None
+    for name, output in outputs:
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        if first is own and group.linears[0].startswith(f"{name}.") and all(part is None for part in rest):
+            found = Whole(name, len(rest) if isinstance(output, tuple) else None)
+    return found
 
 
 def _common_parent(names: Sequence[str]) -> str:

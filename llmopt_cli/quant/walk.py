@@ -22,6 +22,7 @@ from llmopt_cli.quant.skeleton import Skeleton
 from llmopt_cli.quant.structure import Group, of_expert
 
 BATCH_TOKENS = 512
+STRIP = 256  # columns of a Gram matrix at once: what lies above their diagonal block follows from what lies below
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]  # of every block, but for the hidden states
 
 
@@ -75,8 +76,8 @@ class Walk:
         for ids in torch.split(windows, together):
             entered: list[Tensor] = []
             arguments: Arguments = []
-            recorders = [self._recorder(entered, arguments)] * len(self.skeleton.blocks)
-            with _standing_in(recorders, self.skeleton.blocks), contextlib.suppress(_EnoughError):
+            recorder = self._recorder(entered, arguments)
+            with standing_in(dict.fromkeys(self.skeleton.blocks, recorder)), contextlib.suppress(_EnoughError):
                 self._forward(ids)
             self._keep(tuple(ids.shape), arguments)
             yield entered[0]
@@ -97,18 +98,22 @@ class Walk:
             raise ModelError("the blocks are given more than hidden states that depends on the tokens: can't be walked")
 
     @torch.inference_mode()
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """The output [B, L, H] of block number `index`, which must hold its weights."""
+    def run(self, index: int, hidden: Tensor, products: torch.dtype = torch.float32) -> Tensor:
+        """The output [B, L, H] of block number `index`, which must hold its weights; `products` says how it multiplies.
+
+        The hidden states themselves stay float32.
+        """
         args, kwargs = self._arguments[hidden.shape[0], hidden.shape[1]][index]
-        hidden = hidden.to(self.skeleton.device)
-        return first_output(self.skeleton.blocks[index](hidden, *args, **kwargs))
+        device = self.skeleton.device
+        with torch.autocast(device.type, products, enabled=products != torch.float32):
+            return first_output(self.skeleton.blocks[index](hidden.to(device), *args, **kwargs))
 
     @torch.inference_mode()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits [B, L, V] where `hidden` [B, L, H] came out of the last block for `ids`. Needs the outside."""
-        blocks = self.skeleton.blocks
-        last = self._wrap(hidden.to(self.skeleton.device))
-        with _standing_in([_pass_over(self._wrap)] * (len(blocks) - 1) + [lambda *_, **__: last], blocks):
+        *before, last = self.skeleton.blocks
+        output = self._wrap(hidden.to(self.skeleton.device))
+        with standing_in(dict.fromkeys(before, _pass_over(self._wrap)) | {last: lambda *_, **__: output}):
             logits: Tensor = self._forward(ids).logits
         return logits
 
@@ -130,16 +135,15 @@ def at_once(windows: Tensor) -> int:
 
 
 @contextmanager
-def _standing_in(forwards: Sequence[Callable[..., Any]], blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Let blocks compute something else for a while."""
-    changed = list(blocks)
-    for block, forward in zip(changed, forwards, strict=True):
-        block.__dict__["forward"] = forward
+def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules compute something else for a while."""
+    for module, forward in forwards.items():
+        module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for block in changed:
-            del block.__dict__["forward"]
+        for module in forwards:
+            del module.__dict__["forward"]
 
 
 def _pass_over(wrap: Callable[[Tensor], Any]) -> Callable[..., Any]:
@@ -181,7 +185,7 @@ class Seen:
 
     `calls` are some calls of their parent, enough to compare its outputs. `cross` is the mean of (y' - y) x^T, if it is
     known that the unquantized model has y' in the place of y. That is x itself, and `cross` [in, in]; but [out, in] for
-    a group with a `sum`, which y is then.
+    a group with a `sum`, which y is then. Tokens are multiplied in the dtype `products` and added up in float32.
     """
 
     gram: Tensor
@@ -190,24 +194,32 @@ class Seen:
     tokens: int = 0
     calls: list[Call] = field(default_factory=list)
     cross: Tensor | None = None
+    products: torch.dtype = torch.float32
 
     def add(self, x: Tensor, missing: Tensor | None = None) -> None:
         """Count inputs [..., in] and y' - y of them; until `close`, sums stand where means will be."""
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows):
-            self.gram.addmm_(rows.T, rows)
-            self.mean_abs.add_(rows.abs().sum(0))
-            torch.maximum(self.max_abs, rows.abs().amax(0), out=self.max_abs)
+        if not len(rows):
+            return
         self.tokens += len(rows)
+        self.mean_abs.add_(rows.abs().sum(0))
+        torch.maximum(self.max_abs, rows.abs().amax(0), out=self.max_abs)
+        rows = rows.to(self.products)
+        for start in range(0, rows.shape[1], STRIP):
+            strip = slice(start, start + STRIP)
+            self.gram[start:, strip] += rows[:, start:].T @ rows[:, strip]
         if missing is not None:
-            owed = missing.reshape(-1, missing.shape[-1])
-            self.cross = rows.new_zeros(owed.shape[1], rows.shape[1]) if self.cross is None else self.cross
-            self.cross.addmm_(owed.T, rows)
+            owed = missing.reshape(-1, missing.shape[-1]).to(self.products)
+            self.cross = self.gram.new_zeros(owed.shape[1], rows.shape[1]) if self.cross is None else self.cross
+            self.cross += owed.T @ rows
 
     def close(self) -> None:
         """Turn sums into means."""
         for total in (self.gram, self.mean_abs, *([] if self.cross is None else [self.cross])):
             total.div_(max(1, self.tokens))
+        for start in range(0, len(self.gram), STRIP):
+            stop = start + STRIP
+            self.gram[start:stop, stop:] = self.gram[stop:, start:stop].T
 
 
 @torch.inference_mode()
@@ -218,13 +230,15 @@ def observe(
     run: Callable[[Tensor], Tensor],
     tokens: int,
     plain: Iterable[Mapping[str, Tensor]] | None = None,
+    products: torch.dtype = torch.float32,
+    keep: Callable[[Tensor], None] | None = None,
 ) -> list[Seen]:
     """Run batches through `block`, as far as the linears of `groups` go, and gather what each group sees.
 
     Calls of a group's parent are kept until they hold `tokens` tokens. `plain` is what the unquantized model has where
-    errors are looked for, batch by batch, by the names of those `places`.
+    errors are looked for, batch by batch, by the names of those `places`. `keep` is given what the first group reads.
     """
-    found = [_empty(block, group) for group in groups]
+    found = [_empty(block, group, products) for group in groups]
     compared = {} if plain is None else places(block, groups)
     readers = list(dict.fromkeys([group.linears[0] for group in groups] + list(compared.values())))
     for hidden, wanted in zip(batches, itertools.repeat({}) if plain is None else plain, strict=False):
@@ -236,13 +250,19 @@ def observe(
         inputs, calls = caught(block, readers, parents, partial(run, hidden))
         for group, seen in zip(groups, found, strict=True):
             place = compared.get(group)
-            missing = None if place is None else wanted[place].to(inputs[place]).view_as(inputs[place]) - inputs[place]
-            seen.add(inputs[group.linears[0]], missing)
+            seen.add(inputs[group.linears[0]], None if place is None else _owed(wanted[place], inputs[place]))
             if group.parent in calls:
                 seen.calls.append(calls[group.parent])
+        if keep is not None:
+            keep(inputs[groups[0].linears[0]])
     for seen in found:
         seen.close()
     return found
+
+
+def _owed(wanted: Tensor, got: Tensor) -> Tensor:
+    # Both rounded to what is kept on disk: nothing is owed where nothing was lost.
+    return wanted.to(got.device).view_as(got) - got.to(wanted.dtype)
 
 
 def places(block: nn.Module, groups: Sequence[Group]) -> dict[Group, str]:
@@ -289,10 +309,11 @@ def caught(
     return inputs, calls
 
 
-def _empty(block: nn.Module, group: Group) -> Seen:
+def _empty(block: nn.Module, group: Group, products: torch.dtype) -> Seen:
     weight: Any = block.get_submodule(group.linears[0]).weight
     width = weight.shape[1]
-    return Seen(weight.new_zeros(width, width), weight.new_zeros(width), weight.new_zeros(width))
+    zeros = weight.new_zeros
+    return Seen(zeros(width, width), zeros(width), zeros(width), products=products)
 
 
 def _compared(group: Group) -> bool:
