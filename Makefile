@@ -24,7 +24,7 @@ bench: $(INSTALLED)  ## append this machine's lines to results/
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /: /'
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt kernels/llmopt_kernels/cpu/ops.cpp
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard kernels/llmopt_kernels/cpu/*.cpp kernels/llmopt_kernels/cpu/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -43,6 +43,7 @@ setup(
         Extension(
             f"llmopt_kernels.cpu.ops_{name}",
             ["kernels/llmopt_kernels/cpu/ops.cpp"],
+            depends=[str(header.relative_to(ROOT)) for header in (ROOT / "kernels/llmopt_kernels/cpu").glob("*.h")],
             extra_compile_args=[*FLAGS, *flags],
             optional=True,  # no compiler, no OpenMP, another machine: plain torch serves
         )

@@ -61,11 +61,31 @@ DeterministicOpt = Annotated[
     bool | None,
     typer.Option("--deterministic", help="The same logits bit for bit, whatever else is in the batch; slower."),
 ]
+SpecMethodOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--spec-method", help="Draft tokens ahead with `draft_model`, `ngram`, `suffix`, `medusa` or `eagle`."
+    ),
+]
+SpecModelOpt = Annotated[
+    str | None, typer.Option("--spec-model", help="What drafts: a small model with the same tokens, or trained heads.")
+]
+SpecTokensOpt = Annotated[int | None, typer.Option("--spec-tokens", help="Most tokens of a draft. Default: 4.")]
+SpecConfigOpt = Annotated[
+    str | None, typer.Option("--speculative-config", metavar="JSON", help="All of that as vLLM takes it.")
+]
+KvPolicyOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-policy",
+        help="Keep a part of the KV: `streaming:sinks=4,window=1020`, `snapkv:budget=256,window=32`, `pyramidkv:...`.",
+    ),
+]
 ScheduleLogOpt = Annotated[
     Path | None, typer.Option("--schedule-log", help="Log what the scheduler does, prompts included: `llmopt replay`.")
 ]
 
-RECIPE_FLAGS = (  # the parameters of the options above that are fields of a recipe or of its batching
+RECIPE_FLAGS = (  # the parameters of the options above that are fields of a recipe, its batching or its speculation
     "dtype",
     "device",
     "kv_cache_dtype",
@@ -79,6 +99,10 @@ RECIPE_FLAGS = (  # the parameters of the options above that are fields of a rec
     "scheduling_policy",
     "long_prefill_token_threshold",
     "deterministic",
+    "spec_method",
+    "spec_model",
+    "spec_tokens",
+    "speculative_config",
 )
 
 

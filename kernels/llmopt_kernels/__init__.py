@@ -10,24 +10,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmopt_kernels import cpu, reference, rowwise
-from llmopt_kernels.paging import QUANTIZED, PagedBatch, Pages, Rows, Rule, Span, sees
+from llmopt_kernels.cpu import release_threads
+from llmopt_kernels.cpu.layers import Stack
+from llmopt_kernels.layers import Layer, Weights
+from llmopt_kernels.paging import QUANTIZED, PagedBatch, Pages, Rows, Rule, Span, indices, sees
 from llmopt_kernels.reference import attend, pack_low
 from llmopt_kernels.rowwise import Rowwise
 
 __all__ = [
     "QUANTIZED",
+    "Layer",
     "PagedBatch",
     "Pages",
     "Rows",
     "Rowwise",
     "Rule",
     "Span",
+    "Stack",
+    "Weights",
+    "argmax",
     "attend",
+    "indices",
     "int4_linear",
     "linear",
     "nibbles",
     "pack_low",
     "paged_attention",
+    "release_threads",
     "rms_norm",
     "rotary",
     "sees",
@@ -50,6 +59,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See `reference.silu_mul`."""
     return cpu.silu_mul(gate_up) if cpu.fits(gate_up) else reference.silu_mul(gate_up)
+
+
+def argmax(x: Tensor) -> Tensor:
+    """See `reference.argmax`."""
+    return cpu.argmax(x) if cpu.fits(x) else reference.argmax(x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

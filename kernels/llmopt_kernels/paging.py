@@ -2,7 +2,7 @@
 which cache slots each may look at. `Rule`: what a layer makes of what it sees.
 
 A batch is built once a step and shared by all layers. A slot is a token's place in the cache: block * block_size +
-offset. There is room for more: block tables could differ per layer, and `visible` could hold a mask among drafts.
+offset. Requests attend by slots: what comes later in the cache is not seen, whatever its position.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple, Self
 
 import torch
@@ -66,22 +67,27 @@ class Rule:
 
 
 class Span(NamedTuple):
-    """The queries of one request in a step: `length` tokens, the last of `context` cached ones, in these blocks."""
+    """The queries of one request in a step: `length` tokens, the last of `context` cached ones, in these blocks.
+
+    Where tokens were dropped from the cache, positions are that many `ahead` of slots.
+    """
 
     length: int
     context: int
     blocks: Sequence[int]
+    ahead: int = 0
 
 
 @dataclass
 class Rows:
-    """Requests with equally many query tokens, attended together.
+    """Requests with equally many query tokens, `count`, attended together.
 
-    `rows` (B, Q) are their places in the packed batch, `tables` (B, M) their blocks padded with 0, `lengths` (B,) their
-    cached tokens, of which the last Q are the queries.
+    `starts` (B,) are the places of their first ones in the packed batch, `tables` (B, M) their blocks padded with 0,
+    `lengths` (B,) their cached tokens, of which the last `count` are the queries.
     """
 
-    rows: Tensor
+    starts: Tensor
+    count: int
     tables: Tensor
     lengths: Tensor
     longest: int
@@ -89,9 +95,9 @@ class Rows:
     _masks: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict)
 
     @cached_property
-    def starts(self) -> Tensor:
-        """(B,) the first row of each request."""
-        return self.rows[:, 0].contiguous()
+    def rows(self) -> Tensor:
+        """(B, Q) the places of all query tokens."""
+        return self.starts[:, None] + torch.arange(self.count, device=self.starts.device)
 
     @cached_property
     def slots(self) -> Tensor:
@@ -101,21 +107,20 @@ class Rows:
 
     def singles(self) -> Iterator[Rows]:
         """Every query token as a group of its own, with what it may see as its whole past."""
-        count = self.rows.shape[1]
         for request, length in enumerate(self.lengths.tolist()):
-            for query in range(count):
-                seen = length - count + query + 1
+            for query in range(self.count):
+                seen = length - self.count + query + 1
                 one = slice(request, request + 1)
                 lengths = torch.full_like(self.lengths[one], seen)
-                yield Rows(self.rows[one, query : query + 1], self.tables[one], lengths, seen, self.block_size)
+                yield Rows(self.starts[one] + query, 1, self.tables[one], lengths, seen, self.block_size)
 
     def visible(self, rule: Rule) -> Tensor:
         """(B, 1, Q, L) bool: causal, aligned at each request's last token, within the rule's window and chunk."""
         key = (rule.window, rule.chunk)
         if key not in self._masks:
-            device, count = self.tables.device, self.rows.shape[1]
+            device = self.tables.device
             keys = torch.arange(self.longest, device=device)
-            queries = self.lengths[:, None] - torch.arange(count, 0, -1, device=device)  # (B, Q) positions
+            queries = self.lengths[:, None] - torch.arange(self.count, 0, -1, device=device)  # (B, Q) positions
             self._masks[key] = sees(queries[..., None], keys, rule.window, rule.chunk)[:, None]
         return self._masks[key]
 
@@ -143,48 +148,52 @@ class PagedBatch:
     @cached_property
     def positions(self) -> Tensor:
         """(T,) the position of every query token in its sequence."""
-        return _indices(
-            [at for span in self.spans for at in range(span.context - span.length, span.context)], self._device
+        return indices(
+            [at for length, context, _, ahead in self.spans for at in range(context + ahead - length, context + ahead)],
+            self._device,
         )
 
     @cached_property
     def new_slots(self) -> Tensor:
         """(T,) the slot of every query token."""
         size = self._block_size
-        slots: list[int] = []
-        for length, context, blocks in self.spans:
-            slots += [blocks[at // size] * size + at % size for at in range(context - length, context)]
-        return _indices(slots, self._device)
+        return indices(
+            [
+                blocks[at // size] * size + at % size
+                for length, context, blocks, _ in self.spans
+                for at in range(context - length, context)
+            ],
+            self._device,
+        )
 
     @cached_property
     def groups(self) -> list[Rows]:
         """The spans as groups of equal query length: all decodes in one, prompt chunks one by one."""
-        starts = [0]
-        for span in self.spans:
-            starts.append(starts[-1] + span.length)
-        placed = list(zip(starts, self.spans, strict=False))
-        decodes = [(start, span) for start, span in placed if span.length == 1]
-        groups = ([decodes] if decodes else []) + [[(start, span)] for start, span in placed if span.length > 1]
+        ends = list(accumulate([span[0] for span in self.spans]))
+        placed = [(end - span[0], span) for end, span in zip(ends, self.spans, strict=True)]
+        decodes = [one for one in placed if one[1][0] == 1]
+        groups = ([decodes] if decodes else []) + [[one] for one in placed if one[1][0] > 1]
         return [self._group(group) for group in groups]
 
     def _group(self, placed: Sequence[tuple[int, Span]]) -> Rows:
-        size, count = self._block_size, placed[0][1].length
+        size = self._block_size
         longest = max([span.context for _, span in placed])
         width = -(-longest // size)
         padding, tables = [0] * width, array("q")
         for _, span in placed:
             tables.extend(span.blocks[:width])
             tables.extend(padding[len(span.blocks) :])
-        starts = _indices([start for start, _ in placed], self._device)
         return Rows(
-            rows=starts[:, None] + torch.arange(count, device=self._device),
-            tables=_indices(tables, self._device).view(-1, width),
-            lengths=_indices([span.context for _, span in placed], self._device),
+            starts=indices([start for start, _ in placed], self._device),
+            count=placed[0][1].length,
+            tables=indices(tables, self._device).view(-1, width),
+            lengths=indices([span.context for _, span in placed], self._device),
             longest=longest,
             block_size=size,
         )
 
 
-def _indices(numbers: Iterable[int], device: torch.device) -> Tensor:
+def indices(numbers: Iterable[int], device: torch.device) -> Tensor:
     """int64 (n,): by way of an array, which takes a list of numbers several times faster than torch does."""
-    return torch.frombuffer(array("q", numbers), dtype=torch.int64).to(device)
+    held = array("q", numbers)
+    return torch.frombuffer(held, dtype=torch.int64).to(device) if held else torch.empty(0, dtype=torch.int64)

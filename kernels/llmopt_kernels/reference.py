@@ -6,11 +6,14 @@ S slots of the paged cache, B requests of a step. Knows nothing of models, reque
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmopt_kernels.paging import QUANTIZED, Pages, Rows, Rule, sees
+from llmopt_kernels.layers import Layer
+from llmopt_kernels.paging import QUANTIZED, PagedBatch, Pages, Rows, Rule, sees
 
 SMALLEST_SCALE = 1e-12  # of a head of zeros
 TILE = {"cpu": 1, "cuda": 16}  # rows of one product in `linear_rows`
@@ -35,6 +38,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` for gate and up side by side (arXiv 2002.05202). (..., 2N) -> (..., N)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def argmax(x: Tensor) -> Tensor:
+    """Where each row of x (T, N) has its largest number, the first of several -> int64 (T,); with a NaN, anywhere."""
+    return x.argmax(-1)
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,6 +140,34 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
     visible = sees(positions[:, None], positions, rule.window, rule.chunk)
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     return _weigh(q, k, v, visible, rule)[0]
+
+
+def decoder_layers(x: Tensor, layers: Sequence[Layer], cos: Tensor, sin: Tensor, batch: PagedBatch) -> Tensor:
+    """A step through decoder layers: x (T, N) -> (T, N); cos, sin (T, D). Each stores its new keys and values first."""
+    for layer in layers:
+        weights = layer.weights
+        attended = _attend_layer(rms_norm(x, weights.norm, weights.eps), layer, cos, sin, batch)
+        x = x + F.linear(attended.flatten(1), weights.o, weights.o_bias)
+        normed = rms_norm(x, weights.mlp_norm, weights.mlp_eps)
+        gated = silu_mul(F.linear(normed, weights.gate_up, weights.gate_up_bias))
+        x = x + F.linear(gated, weights.down, weights.down_bias)
+    return x
+
+
+def _attend_layer(x: Tensor, layer: Layer, cos: Tensor, sin: Tensor, batch: PagedBatch) -> Tensor:
+    """What the heads of a layer see for its normed input (T, N) -> (T, H, D)."""
+    weights, k, v = layer.weights, layer.k, layer.v
+    kv_heads, dim = k.values.shape[1:]
+    heads = F.linear(x, weights.qkv, weights.qkv_bias).view(len(x), -1, dim)
+    query, key, value = heads.tensor_split((-2 * kv_heads, -kv_heads), dim=1)
+    if weights.q_norm is not None and weights.k_norm is not None:
+        query = rms_norm(query, weights.q_norm, weights.head_eps)
+        key = rms_norm(key, weights.k_norm, weights.head_eps)
+    store_kv(rotary(key, cos, sin), value, k, v, batch.new_slots)
+    out, query = torch.empty_like(query), rotary(query, cos, sin)
+    for group in batch.groups:
+        attend_rows(query, k, v, out, group, layer.rule)
+    return out
 
 
 def _attend(q: Tensor, k: Pages, v: Pages, slots: Tensor, visible: Tensor, rule: Rule) -> Tensor:

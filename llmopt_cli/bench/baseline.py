@@ -19,6 +19,7 @@ from llmopt_cli.bench.metrics import Chunk, Reply
 from llmopt_cli.bench.prompts import Ask
 from llmopt_cli.errors import ModelError
 from llmopt_cli.runtime import Engine
+from llmopt_cli.runtime.async_engine import release_threads
 
 
 def load_plain(engine: Engine) -> Any:
@@ -52,6 +53,7 @@ class TransformersTarget:
         self._one_at_a_time = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
+        release_threads()
         return self
 
     async def __aexit__(
@@ -86,6 +88,8 @@ class TransformersTarget:
             self._model.generate(prompt, attention_mask=mask, generation_config=config, streamer=stamps)
         except _Cancelled:
             return
+        finally:
+            release_threads()  # this thread is kept for later, and is not to slow down whoever is measured in between
 
 
 class _Cancelled(Exception):

@@ -21,6 +21,7 @@ from llmopt_cli.bench.metrics import Chunk, Reply
 from llmopt_cli.bench.prompts import Ask
 from llmopt_cli.errors import ServerError, UsageError
 from llmopt_cli.runtime import Engine
+from llmopt_cli.runtime.async_engine import release_threads
 
 BLOCK, BLOCKS, STEP_TOKENS = 16, 256, 256
 NO_END = -1  # what it takes for "no end token"
@@ -45,6 +46,7 @@ class GenerateBatchTarget:
         self._ids = itertools.count()
 
     async def __aenter__(self) -> Self:
+        release_threads()  # of this thread: the manager has one of its own
         settings = GenerationConfig(do_sample=False, eos_token_id=NO_END, max_new_tokens=1)
         self._manager = self._plain.init_continuous_batching(settings, self._bounds)
         self._manager.start()

@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from llmopt_cli.bench.record import RESULTS, ResultsOpt, keep
+from llmopt_cli.model.load import LoadedModel
 from llmopt_cli.output import error_boundary
 from llmopt_cli.runtime import Engine, SamplingParams, live, runner
 from llmopt_cli.runtime.tokenizer import TextStream
@@ -113,7 +114,7 @@ def measure(engine: Engine, requests: int, queue: int, steps: int) -> dict[str, 
     watching = cost_of_watching()
     for _ in range(steps):
         clock = Clock()
-        whole = _seconds(engine.step, clock, engine)
+        whole = _seconds(engine.step, clock)
         found.append((whole - watching * clock.calls, clock.seconds))
     engine.abort_all()
     engine.check_integrity()
@@ -139,10 +140,9 @@ def cost_of_watching() -> float:
         return (time.perf_counter() - started - clock.seconds["nothing"]) / count
 
 
-def _seconds(step: Callable[[], object], clock: Clock, engine: Engine) -> float:
-    model = engine._runner._loaded.model
+def _seconds(step: Callable[[], object], clock: Clock) -> float:
     with (
-        clock.watching("model", model, "forward"),
+        clock.watching("model", LoadedModel, "logits"),
         clock.watching("model", runner, "_wide"),
         clock.watching("sample", live, "sample"),
         clock.watching("sample", live, "broken"),

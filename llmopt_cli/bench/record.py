@@ -5,6 +5,7 @@ Knows neither what was measured nor how.
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ def keep(verb: str, target: str, metrics: Mapping[str, Any], results: Path, seed
 
 def _command(verb: str) -> str:
     """What was typed, without the folders of this machine."""
-    given = [part.rpartition("/")[2] if part.startswith(("/", "../")) else part for part in sys.argv[1:]]
+    given = [re.sub(r"(^|=)(\.\.)?/(.*/)?", r"\1", part) for part in sys.argv[1:]]
     return shlex.join(["python", "-m", f"llmopt_cli.bench.{verb}", *given])
 
 

@@ -18,7 +18,7 @@ HEAD = """# Results
 
 Every measurement is a line of JSON in this folder: what ran, on which machine, with which versions, and all figures.
 Lines are only added: `llmopt bench` and `python -m llmopt_cli.bench.NAME` (startup, kv_waste, prefix_hits,
-host_overhead, batching) add them, to the folder that `--results` names or else to `./results`.
+host_overhead, batching, kv_policies) add them, to the folder that `--results` names or else to `./results`.
 This index is generated from them by `python -m llmopt_cli.bench.report results/`. A figure holds for its machine only.
 """
 COLUMNS = ("date", "machine", "what", "figures", "command")
@@ -41,6 +41,18 @@ FIGURES = (  # (metric, how the index shows it), in this order
         "tokens_per_s",
         "output tok/s: {tokens_per_s[continuous]:,.0f} continuous, {tokens_per_s[static]:,.0f} static, "
         "{tokens_per_s[none]:,.0f} one by one",
+    ),
+    (
+        "streamed",
+        "perplexity {streamed[first]:.1f} in the first {streamed[stretch]:,} of {streamed[tokens]:,} streamed tokens, "
+        "{streamed[last]:.1f} in the last; at most {streamed[blocks]} blocks",
+    ),
+    (
+        "selected",
+        "with {selected[kept]} of {selected[prompt]:,} slots KL to the full cache {selected[kl][snapkv]:.3f} SnapKV, "
+        "{selected[kl][pyramidkv]:.3f} PyramidKV, {selected[kl][last]:.3f} the last ones; rare strings recalled "
+        "{selected[recall][full]:.0%} full, {selected[recall][snapkv]:.0%}, {selected[recall][pyramidkv]:.0%}, "
+        "{selected[recall][last]:.0%}",
     ),
     ("help_s", "`--help` {help_s:.2f} s"),
     ("estimate_s", "`estimate` {estimate_s:.2f} s"),

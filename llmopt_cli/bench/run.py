@@ -55,7 +55,7 @@ class Session:
         with suppress(NotImplementedError, RuntimeError, ValueError):  # not on Windows, not outside the main thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
         results: list[Result] = []
-        async with self.target, self.baseline or nullcontext():
+        async with nullcontext() if self.baseline else self.target:
             source = read_source(self.target.encode)
             for workload in self.workloads:
                 if stop.is_set():
@@ -122,7 +122,8 @@ class Bench:
         for pair in range(PAIRS):
             for side, workload, runs in sides if pair % 2 == 0 else reversed(sides):
                 if not self.stop.is_set():
-                    runs.append(await self.measure(side, workload, f"{self.nonce}/{pair}"))
+                    async with side:  # while the other has no threads that wait for work and get in the way
+                        runs.append(await self.measure(side, workload, f"{self.nonce}/{pair}"))
         figures = self.figures(target, ours)
         whole = [pair for pair in zip(ours, theirs, strict=False) if not any(run.partial for run in pair)]
         ratios = [_speed(one) / _speed(other) for one, other in whole if _speed(other)]

@@ -52,12 +52,13 @@ class EngineTarget:
     remembers = False
 
     def __init__(self, engine: Engine) -> None:
-        self._running = AsyncEngine(engine)
+        self._engine = engine
         self.model = engine.checkpoint.name
         self.context: int | None = engine.max_model_len
         self.encode: Callable[[str], list[int]] | None = engine.tokenizer.encode
 
     async def __aenter__(self) -> Self:
+        self._running = AsyncEngine(self._engine)
         await self._running.__aenter__()
         return self
 

@@ -35,6 +35,10 @@ def generate(
     enable_prefix_caching: options.PrefixCachingOpt = None,
     kv_cache_dtype: options.KvDtypeOpt = None,
     deterministic: options.DeterministicOpt = None,
+    kv_policy: options.KvPolicyOpt = None,
+    spec_method: options.SpecMethodOpt = None,
+    spec_model: options.SpecModelOpt = None,
+    spec_tokens: options.SpecTokensOpt = None,
     lora: Annotated[Path | None, typer.Option("--lora", help="A LoRA adapter in peft's format to answer with.")] = None,
     trust_remote_code: options.TrustOpt = False,
     as_json: options.JsonOpt = False,
@@ -42,6 +46,7 @@ def generate(
 ) -> None:
     """Complete prompts: raw text, special tokens as the tokenizer adds them."""
     from llmopt_cli.runtime.request import SamplingParams
+    from llmopt_cli.spec.kv_policy import parse_policy
 
     out = Output(as_json=as_json, quiet=quiet)
     if not prompt:
@@ -56,6 +61,7 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
         adapter="lora" if lora else "",
+        kv_policy=parse_policy(kv_policy) if kv_policy else None,
     )
 
     from llmopt_cli.runtime import Engine
@@ -64,7 +70,8 @@ def generate(
     flags = {"dtype": dtype, "device": device, "kv_cache_dtype": kv_cache_dtype}
     batching = {"max_model_len": max_model_len, "kv_cache_memory_bytes": kv_cache_memory_bytes}
     batching |= {"enable_prefix_caching": enable_prefix_caching, "deterministic": deterministic}
-    recipe = Recipe.resolve(None, model=model, **flags, **batching)
+    speculation = {"spec_method": spec_method, "spec_model": spec_model, "spec_tokens": spec_tokens}
+    recipe = Recipe.resolve(None, model=model, **flags, **batching, **speculation)
     with out.progress(f"loading {model}") as report:
         engine = Engine.from_recipe(recipe, trust_remote_code, report, {"lora": lora} if lora else None)
     tokenizer = engine.tokenizer

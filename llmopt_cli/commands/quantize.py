@@ -163,6 +163,7 @@ def _render(outcome: Outcome, job: Job) -> list[RenderableType]:
         ("precision", f"{scheme.bits_per_weight:.3f} bits a weight of the blocks' linears; {ends_of(outcome)}"),
         *extras(outcome),
         ("perplexity", f"{quality.perplexity_base:.3f} -> {quality.perplexity:.3f}"),
+        ("time", f"{outcome.seconds['quantizing']:,.0f} s, and {outcome.seconds['judging']:,.0f} s to judge it"),
         ("written", f"{job.folder}, read back and compared"),
         ("next", f"llmopt serve {job.folder}"),
     )

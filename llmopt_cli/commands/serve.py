@@ -16,6 +16,7 @@ from llmopt_cli.options import (
     JsonOpt,
     KvDtypeOpt,
     KvMemoryOpt,
+    KvPolicyOpt,
     LongPrefillOpt,
     MaxBatchedTokensOpt,
     MaxModelLenOpt,
@@ -26,6 +27,10 @@ from llmopt_cli.options import (
     RecipeModelArg,
     RecipeOpt,
     ScheduleLogOpt,
+    SpecConfigOpt,
+    SpecMethodOpt,
+    SpecModelOpt,
+    SpecTokensOpt,
     TrustOpt,
     recipe_flags,
 )
@@ -79,6 +84,11 @@ def serve(
     scheduling_policy: PolicyOpt = None,
     long_prefill_token_threshold: LongPrefillOpt = None,
     deterministic: DeterministicOpt = None,
+    spec_method: SpecMethodOpt = None,
+    spec_model: SpecModelOpt = None,
+    spec_tokens: SpecTokensOpt = None,
+    speculative_config: SpecConfigOpt = None,
+    kv_policy: KvPolicyOpt = None,
     schedule_log: ScheduleLogOpt = None,
     lora_modules: LoraOpt = None,
     max_num_queued_reqs: QueueOpt = 512,
@@ -91,6 +101,7 @@ def serve(
     from llmopt_cli.server.app import run
     from llmopt_cli.server.service import Settings
     from llmopt_cli.spec.adapter import named_folders
+    from llmopt_cli.spec.kv_policy import parse_policy
     from llmopt_cli.spec.recipe import Recipe
 
     deployment = Recipe.resolve(recipe, model=model, **recipe_flags(context))
@@ -102,6 +113,7 @@ def serve(
         max_num_queued_reqs=max_num_queued_reqs,
         shutdown_timeout=shutdown_timeout,
         schedule_log=schedule_log,
+        kv_policy=parse_policy(kv_policy) if kv_policy else None,
     )
     out = Output(as_json=as_json, quiet=quiet)
     if more_loras and not lora_modules:

@@ -72,8 +72,8 @@ def ask(recipe: Recipe, load: Load, gpu_price: float | None = None) -> Question:
 
 
 def _draft(speculation: Speculation | None) -> Draft | None:
-    if speculation is None:
-        return None
+    if speculation is None or not speculation.model:
+        return None  # lookups cost nothing that could be estimated, and bring what the text allows
     return Draft(find_model(speculation.model), speculation.num_speculative_tokens, speculation.acceptance)
 
 

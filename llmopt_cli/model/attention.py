@@ -19,6 +19,8 @@ from llmopt_cli.errors import ModelError
 from llmopt_kernels import PagedBatch, Pages, Rule, paged_attention, sees, store_kv
 from llmopt_kernels import attend as attend_alone
 
+Watcher = Callable[[Tensor, Tensor, Rule], None]  # of queries (T, H, D) and keys (T, K, D), rotated
+
 NAME = "llmopt_paged"
 PROBE = "llmopt_probe"  # the same for one call, in which the masks say what each layer sees
 UNSUPPORTED = {"position_bias": "a position bias"}
@@ -26,9 +28,13 @@ UNSUPPORTED = {"position_bias": "a position bias"}
 
 @dataclass
 class AttentionContext:
-    """What all layers of one model share: the running step's batch, or None outside of steps (probing, verifying)."""
+    """What all layers of one model share: the running step's batch, or None outside of steps (probing, verifying).
+
+    `apart`: in this step some layer is watched or has tables of its own, so that no two may run as one op.
+    """
 
     batch: PagedBatch | None = None
+    apart: bool = False
 
 
 @dataclass
@@ -36,6 +42,7 @@ class PagedLayer:
     """One attention module's place in the paged cache. `k` and `v` are hung here by the cache.
 
     `seen` is what a call outside of steps showed, `calls` how many there were; `reach` is what its masks showed.
+    `watcher` sees every call; `own` are tables for this layer alone and the caches they point into.
     """
 
     context: AttentionContext
@@ -44,6 +51,15 @@ class PagedLayer:
     seen: LayerFacts | None = field(default=None)
     calls: int = 0
     reach: Reach | None = None
+    watcher: Watcher | None = None
+    own: tuple[PagedBatch, Pages, Pages] | None = None
+
+    def limited(self, rule: Rule) -> Rule:
+        """`rule` as it holds here: a reach known from masks wins over the rule's."""
+        reach = self.reach
+        if reach is None or (reach.window, reach.chunk) == (rule.window, rule.chunk):
+            return rule
+        return replace(rule, window=reach.window, chunk=reach.chunk)
 
 
 @dataclass(frozen=True)
@@ -69,11 +85,11 @@ class Reach:
 def attend(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
     """Store this step's keys and values, then attend over the cache. (T, H, D), (T, K, D), (T, K, Dv) -> (T, H, Dv).
 
-    Outside of a step the T tokens are one sequence without a past. A `reach` known from masks wins over the rule's.
+    Outside of a step the T tokens are one sequence without a past.
     """
-    reach = layer.reach
-    if reach is not None and (reach.window, reach.chunk) != (rule.window, rule.chunk):
-        rule = replace(rule, window=reach.window, chunk=reach.chunk)
+    rule = layer.limited(rule)
+    if layer.watcher is not None:
+        layer.watcher(query, key, rule)
     batch = layer.context.batch
     if batch is None:
         shape = (key.shape[1], key.shape[2], value.shape[2])
@@ -82,8 +98,9 @@ def attend(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, rule: R
         return attend_alone(query, key, value, rule)
     assert layer.k is not None, "the cache is hung on the layers before the first step"
     assert layer.v is not None
-    store_kv(key, value, layer.k, layer.v, batch.new_slots)
-    return paged_attention(query, layer.k, layer.v, batch, rule)
+    batch, k, v = layer.own or (batch, layer.k, layer.v)
+    store_kv(key, value, k, v, batch.new_slots)
+    return paged_attention(query, k, v, batch, rule)
 
 
 def interface(

@@ -1,4 +1,4 @@
-"""Fusing by structure: a recognised attention block, MLP or RMSNorm is replaced whole by ours.
+"""Fusing by structure: a recognised attention block, MLP, RMSNorm or layer of these is replaced whole by ours.
 
 A block is recognised by its members, not by its model, and ours is kept only if it equals the original on random input
 in float32; anything else keeps its own forward. All of it happens on the meta device, before a weight is read.
@@ -14,81 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmopt_cli.model.attention import AttentionContext, LayerFacts, PagedLayer, attend, note_mask
+from llmopt_cli.model.attention import AttentionContext, LayerFacts, PagedLayer
+from llmopt_cli.model.fused import FusedAttention, FusedLayer, FusedMLP, FusedRMSNorm
 from llmopt_cli.model.linear import CodedLinear, DenseLinear, JoinedLinear, MergedLinear, PackedLinear, merge
-from llmopt_kernels import Rule, rms_norm, rotary, silu_mul
 
 TOKENS = 5  # of the random input that a fused block is verified on
 SCALES = (1.0, 1000.0)  # of that input: what clamps large values agrees on small ones
 TOLERANCE = 1e-4  # of the largest value
 Build = Callable[[nn.Module], nn.Module | None]  # our block for a recognised one, sharing its members
 Example = tuple[Tensor, dict[str, Any]]  # input and keywords that a block is verified on
-
-
-class FusedAttention(nn.Module):
-    """q, k and v as one product, optional per-head norms, rotary, paged attention, output product."""
-
-    def __init__(self, original: nn.Module, facts: LayerFacts, qkv: nn.Module) -> None:
-        super().__init__()
-        self.paged = PagedLayer(AttentionContext())
-        self.layer_idx = original.layer_idx
-        self.facts = facts
-        self.rule = Rule(facts.scaling, facts.window, None, facts.softcap)
-        self.qkv = qkv
-        self.q_norm = getattr(original, "q_norm", None)
-        self.k_norm = getattr(original, "k_norm", None)
-        self.o_proj = original.get_submodule("o_proj")
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        """hidden_states (1, T, N); cos and sin (1, T, D). Returns ((1, T, N), None) as the block it replaces."""
-        note_mask(self.paged, attention_mask)
-        facts = self.facts
-        tokens = hidden_states.shape[1]
-        heads = self.qkv(hidden_states.squeeze(0)).view(tokens, -1, facts.head_dim)
-        query_heads = heads.shape[1] - 2 * facts.kv_heads
-        turning = heads[:, : query_heads + facts.kv_heads]
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = turning[:, :query_heads], turning[:, query_heads:]
-            turning = torch.cat((self.q_norm(query), self.k_norm(key)), dim=1)
-        cos, sin = position_embeddings
-        # Some models keep their angles in float32 whatever they compute in.
-        turned = rotary(turning, cos.squeeze(0).to(heads.dtype), sin.squeeze(0).to(heads.dtype))
-        query, key, value = turned[:, :query_heads], turned[:, query_heads:], heads[:, -facts.kv_heads :]
-        out = attend(self.paged, query, key, value, self.rule)
-        return self.o_proj(out.reshape(1, tokens, -1)), None
-
-
-class FusedMLP(nn.Module):
-    """gate and up as one product, `silu(gate) * up`, down."""
-
-    def __init__(self, original: nn.Module, gate_up: nn.Module) -> None:
-        super().__init__()
-        self.gate_up = gate_up
-        self.down_proj = original.get_submodule("down_proj")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., N) -> (..., N)."""
-        out: Tensor = self.down_proj(silu_mul(self.gate_up(x)))
-        return out
-
-
-class FusedRMSNorm(nn.Module):
-    """The plain-gain RMSNorm as one op."""
-
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        super().__init__()
-        self.weight = weight
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., N) -> (..., N)."""
-        return rms_norm(x, self.weight, self.eps)
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
@@ -182,6 +116,16 @@ def _norm(block: nn.Module) -> FusedRMSNorm | None:
     return FusedRMSNorm(parameters["weight"], eps) if isinstance(eps, float) else None
 
 
+def _layer(block: nn.Module) -> FusedLayer | None:
+    wanted = {
+        "input_layernorm": FusedRMSNorm,
+        "self_attn": FusedAttention,
+        "post_attention_layernorm": FusedRMSNorm,
+        "mlp": FusedMLP,
+    }
+    return FusedLayer(block) if {name: type(child) for name, child in block.named_children()} == wanted else None
+
+
 def _facts(block: Any, rotary_dim: int) -> LayerFacts | None:
     """What the block tells the attention interface, from a run of its own forward; None if it does not run alone."""
     layer = PagedLayer(AttentionContext())
@@ -198,6 +142,12 @@ def _attention_example(block: Any, rotary_dim: int) -> Example:
     angles = _example(block, rotary_dim)
     others = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
     return _example(block, block.q_proj.in_features), others
+
+
+def _layer_example(block: Any, rotary_dim: int) -> Example:
+    angles = _example(block, rotary_dim)
+    others = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
+    return _example(block, len(block.input_layernorm.weight)), others
 
 
 def _randomize(parameter: Tensor, holds_floats: bool) -> None:
@@ -242,6 +192,8 @@ def _agree(twin: nn.Module, ours: nn.Module, x: Tensor, others: dict[str, Any]) 
         expected, found = twin(x, **others), ours(x, **others)
     except (TypeError, RuntimeError):  # it takes other input, or its products have other shapes
         return False
+    if isinstance(expected, tuple) != isinstance(found, tuple):
+        return False
     expected, found = (out[0] if isinstance(out, tuple) else out for out in (expected, found))
     return bool((expected - found).abs().max() <= TOLERANCE * expected.abs().max())
 
@@ -255,4 +207,5 @@ def _kinds(model: nn.Module) -> dict[str, tuple[Build, Callable[[Any], Example]]
         "attention": (partial(_attention, rotary_dim=rotary_dim), partial(_attention_example, rotary_dim=rotary_dim)),
         "mlp": (_mlp, lambda block: (_example(block, block.gate_proj.in_features), {})),
         "norm": (_norm, lambda block: (_example(block, block.weight.shape[0]), {})),
+        "layer": (_layer, partial(_layer_example, rotary_dim=rotary_dim)),
     }

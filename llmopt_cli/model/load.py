@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmopt_cli.errors import CheckpointError, ModelError, UnknownNameError, UsageError
 from llmopt_cli.model import attention
 from llmopt_cli.model.attention import AttentionContext, Reach
 from llmopt_cli.model.codes import kind_of
+from llmopt_cli.model.decoder import Decoder
 from llmopt_cli.model.embedding import swap_embedding, tie
 from llmopt_cli.model.fuse import fuse, named_slots
 from llmopt_cli.model.linear import quantized_twin
@@ -31,13 +32,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model ready to run: its tree, the context its attention layers share, what was fused."""
+    """A causal language model ready to run: its tree, the context its attention layers share, what was fused.
+
+    `decoder` is the short way through the tree, where that gives the same numbers.
+    """
 
     model: Any  # a transformers PreTrainedModel
     context: AttentionContext
     fused: Mapping[str, int]
     dtype: torch.dtype
     device: torch.device
+    decoder: Decoder | None = None
+
+    def logits(self, ids: Tensor, positions: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Those (N, V) of the `rows` (N,) of packed tokens `ids` (T,) at `positions` (T,), or of all tokens."""
+        ids, positions = ids[None], positions[None]
+        if self.decoder is not None:
+            found = self.decoder(ids, positions, rows)
+        else:
+            keep = 0 if rows is None else rows  # 0 is its word for all
+            found = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+        return found[0]
 
     @property
     def weight_bytes(self) -> int:
@@ -71,7 +86,7 @@ def load_model(
     context = attention.attach(model)
     model.eval()
     _probe(model, checkpoint)
-    return LoadedModel(model, context, fused, kind, place)
+    return LoadedModel(model, context, fused, kind, place, Decoder.of(model))
 
 
 def pick_device(name: str) -> torch.device:

@@ -8,9 +8,10 @@ in a pass before all others that weighs what bits are worth. Knows neither metho
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -40,13 +41,17 @@ FITTED, TRUE, BASE, OURS, WEIGHED = "fitted", "true", "base", "ours", "weighed" 
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A run on token ids `fitted` and `judged`, each int64 [N, L], kept in `work`."""
+    """A run on token ids `fitted` and `judged`, each int64 [N, L], kept in `work`.
+
+    `seconds` are those that went by in this process, for quantizing and for judging what came of it.
+    """
 
     walk: Walk
     work: Work
     fitted: Tensor
     judged: Tensor
     settings: Settings
+    seconds: dict[str, float] = field(default_factory=lambda: {"quantizing": 0.0, "judging": 0.0})
 
     @property
     def skeleton(self) -> Skeleton:
@@ -113,6 +118,10 @@ class Pipeline:
 
     def quality(self, report: Report) -> Quality:
         """Both streams of the evaluation text, out of the last block, through the head, and compared."""
+        with self._timed("judging"):
+            return self._compared(report)
+
+    def _compared(self, report: Report) -> Quality:
         base, ours = (self._stream(name, self.blocks) for name in (BASE, OURS))
         ends = self.ends.weights()
 
@@ -154,16 +163,30 @@ class Pipeline:
     def _step(self, index: int) -> None:
         """Take block `index` from reading to commit."""
         with self.skeleton.block(index) as block:
-            self._advance(BASE, index)
-            groups, vectors = self._prepare(block, index, FITTED)
-            passes = self._passes(FITTED, index, block)
-            if self.settings.correct:
-                passes.plain = self._plain(block, index, groups)
-            made = quantize_block(block, self._name(index), groups, passes.watch, self.settings)
-            made.vectors = vectors | made.vectors | self._fit(block, index, passes)
-            self._advance(OURS, index)
+            with self._timed("judging"):
+                self._advance(BASE, index)
+            with self._timed("quantizing"):
+                made = self._make(block, index)
+            with self._timed("judging"):
+                self._advance(OURS, index)
             tensors, facts = self._pack(made)
         self.work.commit(index, tensors, facts)
+
+    def _make(self, block: nn.Module, index: int) -> Made:
+        """Quantize block `index`, and hand the calibration text on."""
+        groups, vectors = self._prepare(block, index, FITTED)
+        passes = self._passes(FITTED, index, block)
+        if self.settings.correct:
+            passes.plain = self._plain(block, index, groups)
+        made = quantize_block(block, self._name(index), groups, passes.watch, self.settings)
+        made.vectors = vectors | made.vectors | self._fit(block, index, passes)
+        return made
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - begun
 
     def _name(self, index: int) -> str:
         return f"{self.skeleton.prefix}.{index}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class Outcome:
     `overlap` is the share of the evaluation's 13-grams that the calibration text has, too. `ends` are the weights
     outside the blocks that are quantized as well, and the precision of each. `untied_bytes` are those of an output head
     that in the base is the embedding, `head_bits` those of a weight of a quantized head. `products` is the dtype in
-    which the calibration text was multiplied.
+    which the calibration text was multiplied, `seconds` what this process took for quantizing and for judging.
     """
 
     model: str
@@ -88,6 +88,7 @@ class Outcome:
     head_bits: float | None = None
     target_bpw: float | None = None
     kv_scales: bool = False
+    seconds: Mapping[str, float] = field(default_factory=dict)
     llmopt: str = __version__
 
 
@@ -143,7 +144,8 @@ def _finish(job: Job, texts: Texts, pipeline: Pipeline, parts: Layout, progress:
     _gate(job, quality)
     written = _write(job, work, pipeline, parts, texts)
     outcome = _outcome(job, texts, pipeline, parts, quality, written)
-    (work.output / "quality.json").write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")
+    facts = {name: value for name, value in asdict(outcome).items() if name != "seconds"}  # equal runs, equal files
+    (work.output / "quality.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (work.output / "README.md").write_text(card(outcome), encoding="utf-8")
     work.finish()
     return outcome
@@ -237,6 +239,7 @@ def _outcome(
         head_bits=settings.scheme_of(head).bits_per_weight if settings.head else None,
         target_bpw=job.target_bpw,
         kv_scales=job.kv_scales,
+        seconds=pipeline.seconds,
     )
 
 

@@ -5,11 +5,14 @@ Knows who waits for whose prompt and which requests are beams; nothing of how lo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from llmopt_cli.runtime.beam import Beams
+from llmopt_cli.runtime.compression.change import Change
+from llmopt_cli.runtime.drafted import verified_tokens
 from llmopt_cli.runtime.grammar import Constraint
 from llmopt_cli.runtime.journal import Journal
 from llmopt_cli.runtime.live import Live, next_tokens
@@ -37,7 +40,8 @@ class Answers:
 
     def start(self, request: Request, constraint: Constraint | None) -> None:
         """Queue a request."""
-        live = self.live[request.request_id] = Live.start(request, self._tokenizer, self._max_model_len, constraint)
+        context = request.params.context(self._max_model_len)
+        live = self.live[request.request_id] = Live.start(request, self._tokenizer, context, constraint)
         self._state.add(request)
         if self.journal:
             self.journal.add(request)
@@ -49,10 +53,13 @@ class Answers:
             assert parent.salt == request.salt, "twins may share what is cached"
             self._twins.setdefault(request.twin, []).append(request.request_id)
 
-    def request(self, name: str) -> Request:
-        """What the scheduler knows by that name: a request, or a beam of one."""
-        beam = self._beams.requests.get(name)
-        return self.live[name].request if beam is None else beam
+    def requests(self, chunks: Sequence[Chunk | Change]) -> dict[str, Request]:
+        """What the scheduler knows by the names of those that run: requests, or beams of one."""
+        live, beams = self.live, self._beams.requests
+        if not beams:
+            return {chunk[0]: live[chunk[0]].request for chunk in chunks}
+        names = [chunk.request_id for chunk in chunks]
+        return {name: beams[name] if name in beams else live[name].request for name in names}
 
     def drop(self, name: str) -> None:
         """Take a request out, wherever it is; an unknown one has ended already."""
@@ -82,30 +89,51 @@ class Answers:
 
         The requests of outputs that are finished are still `live`, and in the scheduler's state.
         """
-        names, logits = self._score_prompts(chunks, logits)
         found: list[RequestOutput] = []
+        if any([chunk.drafts for chunk in chunks]):  # noqa: C419  a list is the faster one
+            found, chunks, logits = self._take_drafted(chunks, logits)
+        names, logits = self._score_prompts(chunks, logits)
         if self._beams.requests:
             mine = [row for row, name in enumerate(names) if name in self._beams.requests]
             rest = [row for row, name in enumerate(names) if name not in self._beams.requests]
-            found = self._beams.take([names[row] for row in mine], logits[mine])
+            found += self._beams.take([names[row] for row in mine], logits[mine])
             names, logits = [names[row] for row in rest], logits[rest]
         if self._twins:
             names, logits = self._with_twins(names, logits)
         return found + next_tokens([self.live[name] for name in names], logits)
 
-    def end(self, output: RequestOutput) -> None:
-        """Note what a request got, and let it go if that was its last."""
-        name = output.request_id
-        live = self.live[name]
-        if self.journal and not live.params.beams:
-            if output.error:
-                self.journal.drop(name)
-            else:
-                self.journal.take(name, live.request.token_ids[-1], output.finished)
-        if output.finished:
+    def _take_drafted(self, chunks: Sequence[Chunk], logits: Tensor) -> tuple[list[RequestOutput], list[Chunk], Tensor]:
+        """The outputs of those with drafts; the other chunks, and their rows."""
+        ends = list(itertools.accumulate(chunk.num_logits for chunk in chunks))
+        rows = {True: list[int](), False: list[int]()}
+        for chunk, end in zip(chunks, ends, strict=True):
+            rows[chunk.drafts > 0] += range(end - chunk.num_logits, end)
+        drafted = [chunk for chunk in chunks if chunk.drafts]
+        lives = [self.live[chunk.request_id] for chunk in drafted]
+        outputs = verified_tokens(lives, [chunk.num_logits for chunk in drafted], logits[rows[True]])
+        return outputs, [chunk for chunk in chunks if not chunk.drafts], logits[rows[False]]
+
+    def end(self, outputs: Sequence[RequestOutput]) -> bool:
+        """Note what requests got, and let those go of which it was the last; whether there were any."""
+        if self.journal:
+            self._note(outputs, self.journal)
+        finished = [output for output in outputs if output.finish_reason is not None]
+        for output in finished:
+            live = self.live.pop(output.request_id)
             # What a failure computed is not to be found by others; beams are gone already.
             (self._state.release if output.error or output.beams else self._state.finish)(live.request)
-            del self.live[name]
+        return bool(finished)
+
+    def _note(self, outputs: Sequence[RequestOutput], journal: Journal) -> None:
+        for output in outputs:
+            name = output.request_id
+            live = self.live[name]
+            if live.params.beams:
+                continue
+            if output.error:
+                journal.drop(name)
+            else:
+                journal.take(name, live.request.token_ids[-output.num_new_tokens :], output.finished)
 
     def _with_twins(self, names: list[str], logits: Tensor) -> tuple[list[str], Tensor]:
         """Let those who wait for a prompt that is now computed begin: they draw from its row."""

@@ -21,6 +21,9 @@ from llmopt_cli.errors import LlmoptError, ServerError, UsageError
 from llmopt_cli.runtime.engine import Engine
 from llmopt_cli.runtime.request import RequestOutput, SamplingParams
 from llmopt_cli.runtime.stats import EngineStats
+from llmopt_kernels import release_threads
+
+__all__ = ["AsyncEngine", "release_threads"]  # the latter for whoever is measured beside the engine
 
 STALL_SECONDS = 120.0  # A step may prefill a thousand tokens of a large model on a CPU; longer than this is a hang.
 LOG = logging.getLogger("llmopt")
@@ -80,6 +83,7 @@ class AsyncEngine:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
+        release_threads()  # those of this thread, which may have loaded the model: the engine's thread has its own
         self._thread = threading.Thread(target=self._work, name="llmopt-engine", daemon=True)
         self._thread.start()
         self._watchdog = self._loop.create_task(self._watch())

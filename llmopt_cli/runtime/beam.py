@@ -168,7 +168,7 @@ class Beams:
         for beam, (_, token) in zip(group.beams, moves, strict=True):
             beam.token_ids.append(token)
             if self.journal:
-                self.journal.take(beam.request_id, token, finished=False)
+                self.journal.take(beam.request_id, [token], finished=False)
         return None
 
     def _fork(self, group: _Group, parent: Request) -> Request:

@@ -43,6 +43,7 @@ class BlockPool:
         self._idle: OrderedDict[int, None] = OrderedDict()  # free, content known
         self._contents: dict[int, Content] = {}
         self._index: dict[Key, int] = {}
+        self._children: dict[int, set[int]] = {}  # the known blocks behind a known one
         self._evicted: OrderedDict[Key, None] = OrderedDict()  # the last of them, as many as there are blocks
 
     @property
@@ -103,6 +104,8 @@ class BlockPool:
         known = self._index.setdefault(key, block)
         if known == block:
             self._contents[block] = content
+            if parent is not None:
+                self._children.setdefault(parent, set()).add(block)
         return known if self._contents[known] == content else block
 
     def knows(self, block: int) -> bool:
@@ -120,6 +123,7 @@ class BlockPool:
         self._idle.clear()
         self._contents.clear()
         self._index.clear()
+        self._children.clear()
 
     def check_integrity(self, tables: Iterable[Iterable[int]]) -> None:
         """Assert that free, held and findable blocks are what the tables of all holders say."""
@@ -133,12 +137,29 @@ class BlockPool:
         assert self._idle.keys() <= self._contents.keys(), "an idle block's content is unknown"
         assert {content.key: block for block, content in self._contents.items()} == self._index, "the index is wrong"
         assert all(c.parent is None or c.parent in self._contents for c in self._contents.values()), "an orphan"
+        behind = [(c.parent, block) for block, c in self._contents.items() if c.parent is not None]
+        known = [(parent, block) for parent, blocks in self._children.items() for block in blocks]
+        assert sorted(behind) == sorted(known), "a block is listed behind another that it does not follow"
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)
+        parent = self._contents[block].parent
+        if parent is not None:
+            self._children[parent].discard(block)
+        lost = [block]
+        while lost:  # what is behind it can't be found without it; only where a request dropped its middle is there any
+            last = lost.pop()
+            self._lose(last)
+            lost += self._children.pop(last, ())
+            if last in self._idle:
+                del self._idle[last]
+                self._empty.append(last)
+        return block
+
+    def _lose(self, block: int) -> None:
+        """Forget the content of a block, and remember that it was there."""
         key = self._contents.pop(block).key
         del self._index[key]
         self._evicted[key] = None
         if len(self._evicted) > self.num_blocks:
             self._evicted.popitem(last=False)
-        return block

@@ -10,7 +10,6 @@ import itertools
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -23,19 +22,23 @@ from llmopt_cli.output import Report
 from llmopt_cli.runtime.answers import Answers
 from llmopt_cli.runtime.blocks import BlockPool
 from llmopt_cli.runtime.budget import share_out
+from llmopt_cli.runtime.compression.compressor import Compressor
 from llmopt_cli.runtime.grammar import Constraint, GrammarCompiler
 from llmopt_cli.runtime.journal import Journal
 from llmopt_cli.runtime.kv_cache import cache_dtype, check_layers, copy_blocks, hang_cache, needs_of, release_cache
 from llmopt_cli.runtime.kv_scales import read_scales
+from llmopt_cli.runtime.opening import refuse_foreign, with_length
 from llmopt_cli.runtime.probe import free_memory, total_memory
 from llmopt_cli.runtime.request import Request, RequestOutput, SamplingParams
 from llmopt_cli.runtime.runner import ModelRunner
 from llmopt_cli.runtime.scheduler import SchedulerState, schedule
+from llmopt_cli.runtime.speculative.build import load_drafter, make_proposer, refuse_unfit
+from llmopt_cli.runtime.speculative.speculator import Speculator
 from llmopt_cli.runtime.stats import EngineStats
 from llmopt_cli.runtime.tokenizer import Tokenizer
 from llmopt_cli.spec.adapter import Adapter
 from llmopt_cli.spec.checkpoint import Checkpoint
-from llmopt_cli.spec.recipe import Batching, Recipe
+from llmopt_cli.spec.recipe import Batching, Recipe, Speculation
 
 
 class Engine:
@@ -49,10 +52,11 @@ class Engine:
         batching: Batching,
         kv_cache_dtype: str = "auto",
         adapters: Sequence[Adapter] = (),
+        speculation: Speculation | None = None,
     ) -> None:
         self.checkpoint, self.tokenizer = checkpoint, tokenizer
         self.dtype, self.device = loaded.dtype, loaded.device
-        self.batching = _with_length(batching, context_limit(checkpoint))
+        self.batching = with_length(batching, context_limit(checkpoint))
         self.max_model_len = self.batching.max_model_len or 0
         self.kv_dtype = cache_dtype(kv_cache_dtype, loaded.dtype)
         self._loras = Loras(loaded.model, adapters)
@@ -62,12 +66,19 @@ class Engine:
         self._layers = paged_layers(loaded.model)
         check_layers(self._layers, needs, self.kv_dtype)
         scales = read_scales(checkpoint, self.kv_dtype)
-        self.memory = share_out(needs, free_memory(loaded.device), total_memory(loaded.device))
+        drafter = None if speculation is None else load_drafter(speculation, loaded, self.batching)
+        share = needs.block_bytes / (needs.block_bytes + (drafter.block_bytes if drafter else 0))
+        self.memory = share_out(needs, int(share * free_memory(loaded.device)), total_memory(loaded.device))
         self.cache_size = self.memory.cache
-        hang_cache(self._layers, self.cache_size, self.kv_dtype, loaded.device, scales)
+        whole = hang_cache(self._layers, self.cache_size, self.kv_dtype, loaded.device, scales)
         self._loras.hang()
+        self._compressor = Compressor(loaded, self._layers, checkpoint, whole, self.batching)
+        self._speculator: Speculator | None = None
+        if speculation is not None:
+            proposer = make_proposer(speculation, drafter, self.cache_size, self.batching)
+            self._speculator = Speculator(proposer, speculation.num_speculative_tokens, speculation.adaptive)
         self._loaded = loaded
-        self._runner = ModelRunner(loaded, batching.block_size, self._loras, batching.deterministic)
+        self._runner = ModelRunner(loaded, batching.block_size, self._loras, self._compressor, batching.deterministic)
         share = batching.enable_prefix_caching
         self._state = SchedulerState(self.batching, BlockPool(self.cache_size.num_blocks), share_prefixes=share)
         self._seed = os.urandom(16)  # so that nobody can make up prompts whose hashes meet
@@ -89,6 +100,7 @@ class Engine:
         kv_cache_dtype: str = "auto",
         batching: Batching | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        speculation: Speculation | None = None,
         trust_remote_code: bool = False,
         report: Report | None = None,
     ) -> Self:
@@ -98,14 +110,16 @@ class Engine:
         tokenizer = Tokenizer(checkpoint, trust_remote_code)
         batching = batching or Batching()
         # What is wrong or does not fit is told before the weights are read.
+        if speculation is not None:
+            refuse_unfit(speculation, checkpoint, tokenizer)
         place = pick_device(device)
         kind = pick_dtype(dtype, read_config(checkpoint, trust_remote_code), place)
         kv_dtype = cache_dtype(kv_cache_dtype, kind)
-        needs = needs_of(checkpoint, _with_length(batching, context_limit(checkpoint)), kind, kv_dtype)
+        needs = needs_of(checkpoint, with_length(batching, context_limit(checkpoint)), kind, kv_dtype)
         factors = sum(header.held(kind.itemsize) for adapter in opened for header in adapter.tensors)
         share_out(needs, free_memory(place) - needs.weights - factors, total_memory(place))
         loaded = load_model(checkpoint, dtype, device, trust_remote_code, report)
-        return cls(checkpoint, loaded, tokenizer, batching, kv_cache_dtype, opened)
+        return cls(checkpoint, loaded, tokenizer, batching, kv_cache_dtype, opened, speculation)
 
     @classmethod
     def from_recipe(
@@ -116,13 +130,14 @@ class Engine:
         adapters: Mapping[str, str | Path] | None = None,
     ) -> Self:
         """Load the model of a deployment; raises UsageError for what this engine does not do."""
-        _refuse_foreign(recipe)
+        refuse_foreign(recipe)
         return cls.from_pretrained(
             recipe.model,
             dtype=recipe.dtype,
             device=recipe.device,
             kv_cache_dtype=recipe.kv_cache_dtype,
             batching=recipe.batching,
+            speculation=recipe.speculation,
             adapters=adapters,
             trust_remote_code=trust_remote_code,
             report=report,
@@ -162,7 +177,9 @@ class Engine:
         """Raise CapacityError or UsageError for a request that can never run."""
         if not prompt_ids:
             raise UsageError("the prompt has no tokens")
-        if len(prompt_ids) >= self.max_model_len:
+        if params.kv_policy is not None:
+            self._compressor.check(params.kv_policy)
+        if len(prompt_ids) >= params.context(self.max_model_len):
             raise CapacityError(
                 f"the prompt has {len(prompt_ids):,} tokens and the context is {self.max_model_len:,}",
                 "shorten the prompt" if self._at_limit() else "raise `--max-model-len`, or shorten the prompt",
@@ -213,7 +230,7 @@ class Engine:
             salt=salt,
             priority=params.priority,
             deadline=deadline,
-            twin=twin,
+            twin=twin if params.kv_policy is None else None,  # what is compressed has one holder
         )
         self._answers.start(request, constraint)
         self._prompt_tokens += len(prompt_ids)
@@ -222,6 +239,8 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Schedule, run, sample, post-process: one token for every request that was computed to its end."""
         self._state.now = time.monotonic()
+        if self._speculator:
+            self._speculator.draft(self._state.running, self._answers.live, self._journal)
         plan = schedule(self._state)
         if self._journal and (plan.chunks or plan.expired):
             self._journal.plan(self._state.now, plan)
@@ -230,19 +249,19 @@ class Engine:
         if not plan.chunks:
             return late
         try:
-            # Of those that run alone: the queue behind them may be long.
-            requests = {chunk.request_id: self._answers.request(chunk.request_id) for chunk in plan.chunks}
+            if plan.changes:
+                self._compressor.apply(plan.changes, self._answers.requests(plan.changes))
             copy_blocks(self._layers, plan.copies, self.cache_size.block_size)
-            logits = self._runner.run(plan.chunks, requests)
+            logits = self._runner.run(plan.chunks, self._answers.requests(plan.chunks))
         except BaseException:
             self.abort_all()  # the plan counts tokens as computed that never were: nobody may go on from there
             raise
         self.num_steps += 1
         outputs = self._answers.take(plan.chunks, logits)
-        for output in outputs:
-            self._count(output)
-            self._answers.end(output)
-        if any(output.finished for output in outputs):
+        self._count(outputs)
+        if self._speculator:
+            self._speculator.learn(plan.chunks, outputs)
+        if self._answers.end(outputs):
             self._state.running = [r for r in self._state.running if r.finish_reason is None]
         return late + outputs
 
@@ -268,6 +287,7 @@ class Engine:
             generation_tokens=self._generation_tokens,
             prefix_cache_queries=self._queries,
             prefix_cache_hits=self._hits,
+            speculation=self._speculator.tally if self._speculator else None,
         )
 
     def startup_report(self) -> dict[str, Any]:
@@ -312,38 +332,18 @@ class Engine:
         self.abort_all()
         if self._journal:
             self._journal.close()
+        if self._speculator:
+            self._speculator.close()
         self._loras.release()
+        self._compressor.close()
         release_cache(self._layers)
 
-    def _count(self, output: RequestOutput) -> None:
+    def _count(self, outputs: Sequence[RequestOutput]) -> None:
         """Keep the totals."""
-        self._generation_tokens += output.num_new_tokens
-        if len(output.token_ids) <= 1 or output.beams:
+        self._generation_tokens += sum([output.num_new_tokens for output in outputs])
+        for output in [one for one in outputs if len(one.token_ids) <= 1 or one.beams]:
             self._queries += output.num_prompt_tokens if self.batching.enable_prefix_caching else 0
             self._hits += output.num_cached_tokens
 
     def _at_limit(self) -> bool:
         return self.max_model_len >= context_limit(self.checkpoint)
-
-
-def _with_length(batching: Batching, limit: int) -> Batching:
-    """`batching` with the longest request it means; UsageError if the model can't do it."""
-    length = batching.max_model_len or limit
-    if length > limit:
-        raise UsageError(
-            f"--max-model-len {length} is above the model's own limit of {limit:,} tokens",
-            "give at most that, or leave the flag out",
-        )
-    return replace(batching, max_model_len=length)
-
-
-def _refuse_foreign(recipe: Recipe) -> None:
-    """What a recipe may ask of other engines, and this one would have to ignore."""
-    asked = {
-        f"the engine {recipe.engine}": recipe.engine != "llmopt",
-        f"tensor_parallel_size {recipe.tensor_parallel_size}": (recipe.tensor_parallel_size or 1) > 1,
-        f"pipeline_parallel_size {recipe.pipeline_parallel_size}": recipe.pipeline_parallel_size > 1,
-        "speculation": recipe.speculation is not None,
-    }
-    if foreign := [name for name, applies in asked.items() if applies]:
-        raise UsageError(f"the recipe asks for {foreign[0]}, which llmopt's engine does not have", "take it out")

@@ -7,7 +7,7 @@ production can be looked at, and a change of it tried, on a laptop. Holds the to
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +17,7 @@ from llmopt_cli.runtime.blocks import BlockPool
 from llmopt_cli.runtime.request import Request, SamplingParams
 from llmopt_cli.runtime.scheduler import Plan, schedule
 from llmopt_cli.runtime.state import SchedulerState
+from llmopt_cli.spec.kv_policy import OFF, parse_policy
 from llmopt_cli.spec.recipe import Batching
 
 
@@ -49,6 +50,7 @@ class Journal:
             priority=request.priority,
             deadline=request.deadline,
             twin=request.twin,
+            kv_policy=str(params.kv_policy or OFF),
         )
 
     def move(self, event: str, request_id: str, parent: str | None) -> None:
@@ -59,9 +61,13 @@ class Journal:
         """A step was planned."""
         self._line("plan", now=now, **_plain(plan))
 
-    def take(self, request_id: str, token: int, finished: bool) -> None:
-        """A request got a token, maybe its last."""
-        self._line("take", id=request_id, token=token, finished=finished)
+    def draft(self, request: Request) -> None:
+        """Tokens were drafted for a request, to be verified by the next plan."""
+        self._line("draft", id=request.request_id, tokens=request.drafts)
+
+    def take(self, request_id: str, tokens: Sequence[int], finished: bool) -> None:
+        """A request got tokens, maybe its last; of what was drafted for it, nothing else stood."""
+        self._line("take", id=request_id, tokens=tokens, finished=finished)
 
     def drop(self, request_id: str) -> None:
         """A request was aborted, or failed."""
@@ -146,7 +152,11 @@ def _apply(state: SchedulerState, live: dict[str, Request], event: Mapping[str, 
     """What happened beside planning."""
     name = event["id"]
     if event["event"] == "add":
-        params = SamplingParams(max_tokens=event["max_tokens"], prompt_logprobs=0 if event["scored"] else None)
+        params = SamplingParams(
+            max_tokens=event["max_tokens"],
+            prompt_logprobs=0 if event["scored"] else None,
+            kv_policy=parse_policy(event.get("kv_policy", OFF)),
+        )
         live[name] = Request(
             name,
             list(event["prompt"]),
@@ -167,10 +177,13 @@ def _apply(state: SchedulerState, live: dict[str, Request], event: Mapping[str, 
     elif event["event"] == "resume":
         state.resume(live[name])
     elif event["event"] == "take":
-        live[name].token_ids.append(event["token"])
+        live[name].token_ids.extend(event["tokens"])
+        live[name].rewind()
         if event["finished"]:
             state.finish(live[name])
             state.running.remove(live.pop(name))
+    elif event["event"] == "draft":
+        live[name].drafts = tuple(event["tokens"])
     elif event["event"] == "drop":
         state.drop(live.pop(name))
     else:

@@ -69,26 +69,44 @@ def hang_cache(
     dtype: torch.dtype,
     device: torch.device,
     scales: Sequence[LayerScales] | None = None,
-) -> None:
+) -> tuple[Pages, Pages] | None:
     """Allocate keys and values for every layer: (slots, KV heads, head size). Exactly `size.nbytes` in all.
 
-    `scales` are those of a calibrated cache, one pair a layer. Raises CapacityError if there are not as many bytes; no
-    layer holds a tensor then.
+    Layers of one shape have their slots one after the other in the same tensors: those of all keys and of all values
+    are returned, None if shapes differ. `scales` are those of a calibrated cache, one pair a layer. Raises
+    CapacityError if there are not as many bytes; no layer holds a tensor then.
     """
-    slots = size.num_tokens
+    seen = [layer.seen for layer in layers if layer.seen is not None]
+    assert len(seen) == len(layers), "layers are probed when the model is loaded"
+    alike = len({(facts.kv_heads, facts.head_dim, facts.value_dim) for facts in seen}) == 1
+    fixed: Sequence[tuple[float | None, float | None]] = scales or [(None, None)] * len(layers)
     try:
-        for number, layer in enumerate(layers):
-            facts = layer.seen
-            assert facts is not None, "layers are probed when the model is loaded"
-            key, value = scales[number] if scales else (None, None)
-            layer.k = Pages.empty(slots, facts.kv_heads, facts.head_dim, dtype, device, key)
-            layer.v = Pages.empty(slots, facts.kv_heads, facts.value_dim, dtype, device, value)
+        if alike:
+            slots, heads = len(layers) * size.num_tokens, seen[0].kv_heads
+            k = Pages.empty(slots, heads, seen[0].head_dim, dtype, device)
+            v = Pages.empty(slots, heads, seen[0].value_dim, dtype, device)
+            for number, (layer, (key, value)) in enumerate(zip(layers, fixed, strict=True)):
+                own = slice(number * size.num_tokens, (number + 1) * size.num_tokens)
+                layer.k, layer.v = _part(k, own, key), _part(v, own, value)
+            return k, v
+        for layer, facts, (key, value) in zip(layers, seen, fixed, strict=True):
+            layer.k = Pages.empty(size.num_tokens, facts.kv_heads, facts.head_dim, dtype, device, key)
+            layer.v = Pages.empty(size.num_tokens, facts.kv_heads, facts.value_dim, dtype, device, value)
     except RuntimeError as error:  # out of memory: on a CPU torch has no narrower class for it
         release_cache(layers)
         raise CapacityError(
             f"{device} has no {mib(size.nbytes)} left for the KV cache",
             "give less with `--kv-cache-memory-bytes`, or lower `--max-model-len`",
         ) from error
+    return None
+
+
+def _part(pages: Pages, own: slice, fixed: float | None) -> Pages:
+    """Some slots of `pages`, their scales `fixed` if they are calibrated."""
+    scales = None if pages.scales is None else pages.scales[own]
+    if scales is not None and fixed is not None:
+        scales.fill_(fixed)
+    return Pages(pages.values[own], scales, fixed)
 
 
 def copy_blocks(layers: Sequence[PagedLayer], copies: Sequence[tuple[int, int]], block_size: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from random import Random
 from typing import Self
 
@@ -30,7 +31,10 @@ from llmopt_cli.runtime.tokenizer import TextStream, Tokenizer
 
 @dataclass(slots=True)
 class Live:
-    """A request, its text so far and its random stream. `prompt_logprobs` grows while the prompt is computed."""
+    """A request, its text so far and its random stream. `prompt_logprobs` grows while the prompt is computed.
+
+    `chances` are the distributions [drafts, V] from which its drafts were drawn, if they were.
+    """
 
     request: Request
     text: TextStream
@@ -41,6 +45,7 @@ class Live:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     shown: int = 0  # characters already handed out
+    chances: Tensor | None = None
     shapes_logits: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,19 +68,32 @@ class Live:
         """How to choose its tokens."""
         return self.request.params
 
+    @property
+    def most_drafts(self) -> int:
+        """How many tokens can be drafted for it now: none while its prompt is computed, or for its last token."""
+        request = self.request
+        known, alone = len(request.token_ids), self.params.beams or self.params.kv_policy
+        if known - request.num_computed != 1 or known == request.num_prompt or alone:
+            return 0
+        return max(0, min(self.params.max_tokens - (known - request.num_prompt), self.max_model_len - known) - 1)
+
     def take(self, token: int) -> RequestOutput:
         """One more token: text, end, output."""
+        self.append(token)
+        return self.output(1)
+
+    def append(self, token: int) -> None:
+        """One more token, maybe the last, without an output."""
         self.request.token_ids.append(token)
         if self.shapes_logits:  # nobody else asks what came
             self.history.add(token)
         complete = self.constraint is not None and self.constraint.accept(token)
         self.request.finish_reason = self._reason_to_stop(token) or (FinishReason.STOP if complete else None)
-        return self.output(1)
 
-    def fail(self, error: str) -> RequestOutput:
+    def fail(self, error: str, num_new_tokens: int = 0) -> RequestOutput:
         """End without another token."""
         self.request.finish_reason = FinishReason.ERROR
-        return self.output(0, error)
+        return self.output(num_new_tokens, error)
 
     def score(self, start: int, logits: Tensor) -> None:
         """`logits` (L, V) of the tokens from position `start` on: what they say of the prompt's tokens after them.
@@ -95,30 +113,28 @@ class Live:
             self.text.close()
         text = self.text.text
         delta, self.shown = text[self.shown :], len(text)
-        return RequestOutput(
-            request_id=request.request_id,
-            text=text,
-            delta=delta,
-            token_ids=Tokens(request.token_ids, request.num_prompt),
-            num_new_tokens=num_new_tokens,
-            num_prompt_tokens=request.num_prompt,
-            finish_reason=request.finish_reason,
-            num_cached_tokens=request.num_hit or 0,
-            cache_miss=request.cache_miss,
-            error=error,
-            logprobs=tuple(self.logprobs),
-            prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
+        return RequestOutput(  # by place: one is made for every token
+            request.request_id,
+            text,
+            delta,
+            Tokens(request.token_ids, request.num_prompt),
+            num_new_tokens,
+            request.num_prompt,
+            request.finish_reason,
+            request.num_hit or 0,
+            request.cache_miss,
+            error,
+            tuple(self.logprobs),
+            None if request.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
         )
 
     def _reason_to_stop(self, token: int) -> FinishReason | None:
-        request, params = self.request, self.params
-        generated = request.num_tokens - request.num_prompt
+        params, known = self.request.params, len(self.request.token_ids)
+        generated = known - self.request.num_prompt
         # The stop token itself is never part of the text.
-        if token in self.history.end_ids or self.text.push(token, may_stop=generated >= params.min_tokens):
+        if token in self.history.end_ids or self.text.push(token, generated >= params.min_tokens):
             return FinishReason.STOP
-        return (
-            FinishReason.LENGTH if request.num_tokens >= self.max_model_len or generated >= params.max_tokens else None
-        )
+        return FinishReason.LENGTH if known >= self.max_model_len or generated >= params.max_tokens else None
 
 
 def next_tokens(ready: Sequence[Live], logits: Tensor) -> list[RequestOutput]:
@@ -129,7 +145,7 @@ def next_tokens(ready: Sequence[Live], logits: Tensor) -> list[RequestOutput]:
     if not ready:
         return []
     raw, params = logits, [live.params for live in ready]
-    logits, wrong = _shaped(ready, logits)
+    logits, wrong = shaped(ready, logits)
     tokens = sample(logits, params, [live.stream for live in ready])
     wanted = [row for row, one in enumerate(params) if one.logprobs is not None]
     if wanted:
@@ -146,10 +162,10 @@ def next_tokens(ready: Sequence[Live], logits: Tensor) -> list[RequestOutput]:
 
 def broken(logits: Tensor) -> list[int]:
     """The rows that hold no number to choose by: the maximum of a row with a NaN is NaN."""
-    return [row for row, fine in enumerate(logits.amax(-1).isfinite().tolist()) if not fine]
+    return [row for row, top in enumerate(logits.amax(-1).tolist()) if not isfinite(top)]
 
 
-def _shaped(ready: Sequence[Live], logits: Tensor) -> tuple[Tensor, dict[int, str]]:
+def shaped(ready: Sequence[Live], logits: Tensor) -> tuple[Tensor, dict[int, str]]:
     """The logits after bias, penalties and grammars, and what went wrong in which row."""
     rows = [row for row, live in enumerate(ready) if live.shapes_logits]
     if not rows:

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Literal, overload
 
 from llmopt_cli.errors import UsageError
+from llmopt_cli.spec.kv_policy import KvPolicy
 
 INFINITE = 2**63
 NOT_NUMBERS = "the model's logits are not finite numbers"
@@ -29,7 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {
 # What says how to draw or shape tokens, or what to tell of them: nothing of it has a meaning for beams.
 NOT_WITH_BEAMS = (
     *("top_k", "top_p", "min_p", "typical_p", "seed", "stop", "min_tokens", "grammar", "logprobs", "prompt_logprobs"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids"),
+    *("kv_policy", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids"),
 )
 
 
@@ -70,6 +71,8 @@ class SamplingParams:
 
     With `beams`, the answer is no draw: it is the likeliest sequence among those that so many beams find, where a
     sequence's score is the sum of its log-probabilities divided by its number of tokens to the `length_penalty`.
+
+    A `kv_policy` keeps a part of the cache only.
     """
 
     max_tokens: int = 128
@@ -97,6 +100,7 @@ class SamplingParams:
     grammar: Grammar | None = None
     beams: int = 0
     length_penalty: float = 1.0
+    kv_policy: KvPolicy | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
@@ -136,6 +140,10 @@ class SamplingParams:
         digest = hashlib.blake2b(f"{self.seed}/{index}".encode(), digest_size=8).digest()
         return replace(self, seed=int.from_bytes(digest))
 
+    def context(self, limit: int) -> int:
+        """Tokens that prompt and answer may have together where `limit` is the engine's."""
+        return INFINITE if self.kv_policy is not None and self.kv_policy.unbounded else limit
+
     @property
     def shapes_logits(self) -> bool:
         """Whether anything is done to the logits before a token is chosen."""
@@ -163,12 +171,15 @@ class Request:
     """One sequence in the engine: what is known of it, how much of it is computed, which blocks hold it.
 
     `num_computed` is the position of the next token to run; `num_cached` the KV slots in use. They are equal until a
-    cache is compressed. `token_ids` is prompt and output together.
+    cache is compressed. That is the business of `compression`, as are `originals`, blocks that are held as they were
+    first computed, and `pages`, how many of the blocks each layer has where they differ. `token_ids` is prompt and
+    output together.
 
     `keys` are the chained hashes of its full blocks, as far as they were needed; the first `num_published` blocks can
     be shared. `num_hit` tokens were found in the cache when it was first admitted. Another `salt` shares nothing.
     A lower `priority` value comes first; at its `deadline`, in seconds of the scheduler's time, it ends as it is.
-    The request `twin` has the same prompt: while it is computed for that one, this one waits.
+    The request `twin` has the same prompt: while it is computed for that one, this one waits. `drafts` are tokens that
+    someone thinks come next: they run behind the known ones, and `rewind` forgets those that did not stand.
     """
 
     request_id: str
@@ -188,6 +199,9 @@ class Request:
     deadline: float | None = None
     arrival: int = 0
     twin: str | None = None
+    drafts: tuple[int, ...] = ()
+    originals: list[int] = field(default_factory=list)
+    pages: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -196,13 +210,20 @@ class Request:
 
     @property
     def num_wanted(self) -> int:
-        """Tokens that are known but not computed: the whole prompt at first, one while decoding."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens to run: those known but not computed (the whole prompt at first, one while decoding), and drafts."""
+        return len(self.token_ids) + len(self.drafts) - self.num_computed
 
     @property
     def is_scored(self) -> bool:
         """Whether the logits of its next tokens are wanted, since they belong to a prompt that is scored."""
         return self.params.prompt_logprobs is not None and self.num_computed < self.num_prompt
+
+    def rewind(self) -> None:
+        """Take as computed only what comes before the last known token: what was drafted behind it did not stand."""
+        excess = max(0, self.num_computed - (len(self.token_ids) - 1))
+        self.num_computed -= excess
+        self.num_cached -= excess
+        self.drafts = ()
 
     @property
     def output_ids(self) -> list[int]:

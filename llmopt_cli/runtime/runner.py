@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,20 +11,30 @@ from torch import Tensor
 from llmopt_cli.errors import ModelError
 from llmopt_cli.model.load import LoadedModel
 from llmopt_cli.model.lora import Loras
+from llmopt_cli.runtime.compression.compressor import Compressor
 from llmopt_cli.runtime.request import Request
 from llmopt_cli.runtime.scheduler import Chunk
-from llmopt_kernels import PagedBatch, Rowwise, Span
+from llmopt_kernels import PagedBatch, Rowwise, Span, indices
 
 
 class ModelRunner:
     """Drives a loaded model whose layers hold their cache. Knows nothing of sampling or text.
 
     `deterministic`: the logits of a request do not depend on what else runs; ModelError if the model has no such way.
+    The `compressor` is asked about steps with requests that have a KV policy.
     """
 
-    def __init__(self, loaded: LoadedModel, block_size: int, loras: Loras, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        block_size: int,
+        loras: Loras,
+        compressor: Compressor | None = None,
+        deterministic: bool = False,
+    ) -> None:
         self._loaded = loaded
         self._loras = loras
+        self._compressor = compressor
         self._block_size = block_size
         self._mode: Rowwise | nullcontext[None] = Rowwise() if deterministic else nullcontext()
         if deterministic:
@@ -39,33 +49,36 @@ class ModelRunner:
         device = self._loaded.device
         tokens: list[int] = []
         spans: list[Span] = []
-        last: list[int] = []
         adapted: dict[str, list[int]] = {}  # by adapter, the rows of its requests
+        watched: AbstractContextManager[None] = nullcontext()
+        wanted: list[int] = []  # places of the tokens whose logits are
         for chunk in chunks:
-            request = requests[chunk.request_id]
-            end = chunk.start + chunk.length
+            request, length = requests[chunk.request_id], chunk.length
+            end = chunk.start + length
             tokens += request.token_ids[chunk.start : end]
-            spans.append(Span(chunk.length, end, request.blocks))
-            last += range(len(tokens) - chunk.num_logits, len(tokens))
+            if request.drafts:
+                known = len(request.token_ids)
+                tokens += request.drafts[max(0, chunk.start - known) : max(0, end - known)]
+            ahead = request.num_computed - request.num_cached
+            spans.append(Span(length, end - ahead, request.blocks, ahead))
+            if request.params.kv_policy is not None and self._compressor is not None:
+                watched = self._compressor.step(chunks, requests, spans)
+            wanted += range(len(tokens) - chunk.num_logits, len(tokens))
             if request.params.adapter:
-                rows = range(len(tokens) - chunk.length, len(tokens))
+                rows = range(len(tokens) - length, len(tokens))
                 adapted.setdefault(request.params.adapter, []).extend(rows)
         batch = PagedBatch(spans, self._block_size, device)
         context = self._loaded.context
         self._loras.choose(adapted, len(tokens), device)
         context.batch = batch
         try:
-            with self._mode:
-                out = self._loaded.model(
-                    input_ids=torch.tensor([tokens], device=device),
-                    position_ids=batch.positions[None],
-                    use_cache=False,
-                    logits_to_keep=torch.tensor(last, device=device, dtype=torch.long),
-                )
+            with self._mode, watched:
+                keep = None if len(wanted) == len(tokens) else indices(wanted, device)
+                logits = self._loaded.logits(indices(tokens, device), batch.positions, keep)
         finally:
             context.batch = None
             self._loras.choose({}, 0, device)
-        return _wide(out.logits[0])
+        return _wide(logits)
 
     @torch.inference_mode()
     def _try_rowwise(self) -> None:

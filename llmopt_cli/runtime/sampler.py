@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from llmopt_cli.runtime.request import SamplingParams, TokenLogprobs
+from llmopt_kernels import argmax
 
 COLDEST = 1e-5  # below it, dividing logits would overflow; the likeliest token has all the weight long before
 
 
 def sample(logits: Tensor, params: Sequence[SamplingParams], streams: Sequence[Random]) -> list[int]:
     """One token for each row of `logits` (N, V): the likeliest at temperature 0, else drawn with the row's stream."""
-    tokens = logits.argmax(dim=-1).tolist()
+    tokens: list[int] = argmax(logits).tolist()
     for cut in (False, True):
         # Rows that cut off the unlikely and rows that don't are drawn apart: they walk the vocabulary in other orders.
         rows = [i for i, p in enumerate(params) if p.temperature > 0 and p.cuts == cut]
@@ -27,7 +28,7 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], streams: Sequence[R
         drawn = _draw_cut(probabilities, uniforms, chosen) if cut else _invert(probabilities, uniforms).tolist()
         for row, token in zip(rows, drawn, strict=True):
             tokens[row] = token
-    return [int(token) for token in tokens]
+    return tokens
 
 
 def _probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -35,8 +36,27 @@ def _probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     return torch.softmax(logits.float() / temperatures, dim=-1)
 
 
+def weights_of(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """How likely each token is to be drawn from rows of `logits` (N, V) at a temperature, but for a factor: float64."""
+    probabilities = _probabilities(logits, params)
+    rows = [row for row, one in enumerate(params) if one.cuts]
+    weights = probabilities.double()
+    if rows:
+        kept, order = _cut(probabilities[rows], [params[row] for row in rows])
+        weights[rows] = torch.zeros_like(kept).scatter(1, order, kept)
+    return weights
+
+
 def _draw_cut(probabilities: Tensor, uniforms: Sequence[float], params: Sequence[SamplingParams]) -> list[int]:
-    """Typical-p, then top-k, then top-p of what is left, then min-p; one token stays at least."""
+    kept, order = _cut(probabilities, params)
+    return order.gather(1, _invert(kept, uniforms)[:, None]).squeeze(1).tolist()
+
+
+def _cut(probabilities: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """Typical-p, then top-k, then top-p of what is left, then min-p; one token stays at least.
+
+    Weights float64 (N, V) from the likeliest token down, and which tokens those are.
+    """
     probabilities = _typical(probabilities, params)
     ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
     vocabulary, device = ranked.shape[1], ranked.device
@@ -47,7 +67,7 @@ def _draw_cut(probabilities: Tensor, uniforms: Sequence[float], params: Sequence
     before = (kept.cumsum(-1) - kept) / kept.sum(-1, keepdim=True)
     kept = torch.where((before < top_p) | (top_p >= 1), kept, 0.0)
     kept = torch.where(kept >= min_p * kept[:, :1], kept, 0.0)  # min-p (arXiv 2407.01082): relative to the likeliest
-    return order.gather(1, _invert(kept, uniforms)[:, None]).squeeze(1).tolist()
+    return kept, order
 
 
 def _typical(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -1,8 +1,8 @@
 """Which request runs how many tokens in the next step: one rule, one token budget, no phases.
 
 A request is (tokens computed, tokens known); each step gives it some of the difference. Prefill, chunked prefill,
-decode and resuming after preemption are all that rule. `schedule` is deterministic: it changes only the state it is
-handed and knows no clock, randomness, tensors or I/O.
+decode, verifying drafts and resuming after preemption are all that rule. `schedule` is deterministic: it changes only
+the state it is handed and knows no clock, randomness, tensors or I/O.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from llmopt_cli.runtime.compression.change import Change, change, is_due, missing
 from llmopt_cli.runtime.request import Request
 from llmopt_cli.runtime.state import SchedulerState
 from llmopt_cli.spec.recipe import Batching
@@ -22,7 +23,7 @@ SCORED_ROWS = 256  # of logits for prompts in one step: more would be a spike of
 class Chunk(NamedTuple):
     """`length` tokens of a request from position `start`; `samples` if they reach its last known token.
 
-    `scored` if the logits of all of them are wanted.
+    `scored` if the logits of all of them are wanted. The last `drafts` of them are no known tokens.
     """
 
     request_id: str
@@ -30,24 +31,27 @@ class Chunk(NamedTuple):
     length: int
     samples: bool
     scored: bool = False
+    drafts: int = 0
 
     @property
     def num_logits(self) -> int:
         """Rows of logits that this chunk yields."""
-        return self.length if self.scored else int(self.samples)
+        return self.length if self.scored else self.samples + self.drafts
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One step: what runs, in the order in which it is packed, who had to give up its blocks, who came too late.
 
-    Before it runs, the first block of each of the `copies` is copied to the second, one after the other.
+    Before it runs, the `changes` are made, then the first block of each of the `copies` is copied to the second, one
+    after the other.
     """
 
     chunks: tuple[Chunk, ...]
     preempted: tuple[str, ...] = ()
     expired: tuple[str, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
+    changes: tuple[Change, ...] = ()
 
 
 def schedule(state: SchedulerState) -> Plan:
@@ -63,9 +67,12 @@ def schedule(state: SchedulerState) -> Plan:
     state.filling = state.filling or not state.running
     for request in state.running:
         state.publish(request)
+    changes = _compress(state, preempted)
     planned: set[str] = set()
     for request in list(state.running):
         length = left.share(request)
+        if request.drafts:
+            length = _affordable(state, request, length)
         if request.blocks and length and _make_room(state, request, length, preempted, planned):
             if state.shares_tail(request):
                 copies.append(state.split_tail(request))
@@ -74,7 +81,21 @@ def schedule(state: SchedulerState) -> Plan:
     if not preempted:
         state.relax()
         chunks += _admit(state, left)
-    return Plan(tuple(chunks), tuple(preempted), tuple(request.request_id for request in expired), tuple(copies))
+    late = tuple(request.request_id for request in expired)
+    made = [one for one in changes if one.request_id not in preempted]
+    return Plan(tuple(chunks), tuple(preempted), late, tuple(copies), tuple(made))
+
+
+def _compress(state: SchedulerState, preempted: list[str]) -> list[Change]:
+    """Let requests drop what their policies drop now, if need be at the cost of others."""
+    changes = []
+    for request in [one for one in state.running if one.params.kv_policy is not None and is_due(state, one)]:
+        while request.blocks and missing(state, request) > 0:
+            if not state.reclaim():
+                preempted.append(state.preempt(set()).request_id)
+        if request.blocks:
+            changes.append(change(state, request))
+    return changes
 
 
 @dataclass
@@ -90,12 +111,14 @@ class _Left:
         """Tokens that a request may run; a long prompt leaves room for others."""
         threshold = 0 if self.alone else self.limits.long_prefill_token_threshold
         rows = self.scores if request.is_scored else self.tokens
+        if (policy := request.params.kv_policy) is not None:
+            rows = min(rows, policy.longest_run(request.num_computed, request.num_prompt, self.limits.block_size))
         return min(request.num_wanted, self.tokens, rows, threshold or self.tokens)
 
     def spend(self, request: Request, length: int) -> Chunk:
         """Let it run them."""
-        samples = length == request.num_wanted
-        chunk = Chunk(request.request_id, request.num_computed, length, samples, request.is_scored)
+        drafts = length - (len(request.token_ids) - request.num_computed)
+        chunk = Chunk(request.request_id, request.num_computed, length, drafts >= 0, request.is_scored, max(0, drafts))
         request.num_computed += length
         request.num_cached += length
         self.tokens -= length
@@ -124,7 +147,7 @@ def _admit(state: SchedulerState, left: _Left) -> list[Chunk]:
         if len(passed) < state.limits.max_num_seqs and _is_coming(state, request, len(found)):
             passed.append(state.waiting.popleft())
             continue
-        missing = state.blocks_for(request.num_tokens) - len(found)
+        missing = state.blocks_at_first(request) - len(found)
         needed = missing + sum(map(state.blocks.is_idle, found))
         if needed > spare:
             state.stuck = (request.request_id, needed)
@@ -154,13 +177,13 @@ def _is_coming(state: SchedulerState, request: Request, found: int) -> bool:
     """Whether a running request is computing the prompt of `request`, or the first block of it that `request` lacks."""
     if request.twin and any(r.request_id == request.twin and r.num_tokens == r.num_prompt for r in state.running):
         return True
-    if not state.share_prefixes or request.is_scored or found >= (request.num_tokens - 1) // state.limits.block_size:
+    if not state.share_prefixes or request.is_scored or found >= state.most_found(request):
         return False
     key = request.keys[found]
     return any(
         found >= other.num_published and found < len(other.keys) and other.keys[found] == key
         for other in state.running
-        if other.num_published < len(other.keys)
+        if other.num_published < len(other.keys) and other.num_cached == other.num_computed
     )
 
 
@@ -184,9 +207,19 @@ def _miss(state: SchedulerState, request: Request, found: int) -> str | None:
         return "prompt logprobs were asked for"
     if request.num_prompt <= state.limits.block_size:
         return "shorter than a block"
-    if found >= (request.num_tokens - 1) // state.limits.block_size:
+    if found >= state.most_found(request):
         return None
     return "evicted" if state.blocks.was_evicted(request.keys[found]) else "not seen before"
+
+
+def _affordable(state: SchedulerState, request: Request, length: int) -> int:
+    """How many of `length` tokens a request with drafts runs: nobody gives up a block for a draft."""
+    missing = state.blocks_for(request.num_cached + length) - len(request.blocks) + state.shares_tail(request)
+    if missing > state.blocks.num_free:
+        request.drafts = ()
+    known = len(request.token_ids) - request.num_computed
+    request.drafts = request.drafts[: max(0, length - known)]
+    return min(length, known + len(request.drafts))
 
 
 def _make_room(state: SchedulerState, request: Request, length: int, preempted: list[str], planned: set[str]) -> bool:

@@ -108,6 +108,7 @@ class SchedulerState:
         """Queue one that was admitted before, without its blocks: it comes first, and is computed again."""
         self.release(request)
         request.num_computed = request.num_cached = 0
+        request.drafts = ()
         if self.limits.scheduling_policy == "priority":
             insort(self.waiting, request, key=_rank)
         else:
@@ -196,6 +197,9 @@ class SchedulerState:
         self.blocks.release(reversed(request.blocks))
         request.blocks = []
         request.num_published = 0
+        if request.originals or request.pages:
+            self.blocks.release(reversed(request.originals))
+            request.originals, request.pages = [], ()
 
     def finish(self, request: Request) -> None:
         """As `release`, for a request whose planned tokens were all run: what they cached can be shared."""
@@ -205,6 +209,8 @@ class SchedulerState:
     def publish(self, request: Request) -> None:
         """Make the blocks that are full of computed tokens findable, and drop those that another holds as well."""
         size = self.limits.block_size
+        if request.num_cached < request.num_computed:
+            return  # what is compressed is nobody else's
         while self.share_prefixes and (request.num_published + 1) * size <= request.num_cached:
             index = request.num_published
             parent = request.blocks[index - 1] if index else None
@@ -225,7 +231,7 @@ class SchedulerState:
         found: list[int] = []
         if not self.share_prefixes or request.is_scored:
             return found
-        size, most = self.limits.block_size, (request.num_tokens - 1) // self.limits.block_size
+        size, most = self.limits.block_size, self.most_found(request)
         self._extend_keys(request, most)
         for index, key in enumerate(request.keys[:most]):
             tokens = request.token_ids[index * size : (index + 1) * size]
@@ -234,6 +240,18 @@ class SchedulerState:
                 break
             found.append(block)
         return found
+
+    def most_found(self, request: Request) -> int:
+        """Blocks of a request that may come from the cache."""
+        size, policy = self.limits.block_size, request.params.kv_policy
+        most = (request.num_tokens - 1) // size
+        return most if policy is None else min(most, policy.shared(request.num_prompt, size) // size)
+
+    def blocks_at_first(self, request: Request) -> int:
+        """Blocks for which there must be room before a request begins: its known tokens, or what it keeps of them."""
+        size, policy = self.limits.block_size, request.params.kv_policy
+        known = request.num_tokens
+        return self.blocks_for(policy.cached_at_first(known, request.num_prompt, size) if policy else known)
 
     def _extend_keys(self, request: Request, count: int) -> None:
         """Hash the first `count` blocks, each once in the request's life."""
@@ -245,8 +263,8 @@ class SchedulerState:
     def check_integrity(self) -> None:
         """Assert that no block leaked, no request is in two places, and no request holds too few blocks."""
         holders = [*self.running, *self.parked]
-        self.blocks.check_integrity(request.blocks for request in holders)
-        assert not any(request.blocks for request in self.waiting), "a waiting request holds blocks"
+        self.blocks.check_integrity((*request.blocks, *request.originals) for request in holders)
+        assert not any(one.blocks or one.originals for one in self.waiting), "a waiting request holds blocks"
         ids = [request.request_id for request in (*holders, *self.waiting)]
         assert len(ids) == len(set(ids)), "a request is queued twice"
         assert all(len(r.blocks) >= self.blocks_for(r.num_cached) for r in holders), "cached tokens without a block"

@@ -2,7 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Tally:
+    """Totals since start: drafts, their tokens, and how many stood at each place of a draft."""
+
+    drafts: int = 0
+    tokens: int = 0
+    stood: list[int] = field(default_factory=list)
+    steps: int = 0  # of requests while they decode, with a draft or without
+    emitted: int = 0  # tokens that those brought
+    seconds: float = 0.0  # that steps took in which all requests were decoding, drafting included
+    alone: float = 0.0  # and how long those would have taken that bring as many tokens without drafts
+
+    def add(self, drafted: int, stood: int) -> None:
+        """One more step of one request."""
+        self.steps += 1
+        self.emitted += stood + 1
+        if drafted:
+            self.drafts += 1
+            self.tokens += drafted
+            self.stood += [0] * (drafted - len(self.stood))
+            for place in range(stood):
+                self.stood[place] += 1
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that stood."""
+        return sum(self.stood)
+
+    @property
+    def speedup(self) -> float:
+        """How much longer decoding would have taken without drafts."""
+        return self.alone / self.seconds if self.seconds else 1.0
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafted tokens that stood."""
+        return self.accepted / max(1, self.tokens)
+
+    @property
+    def length(self) -> float:
+        """Tokens that a request gets by a step, one included that needs no draft."""
+        return self.emitted / max(1, self.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,6 +55,7 @@ class EngineStats:
 
     `prefix_cache_queries` are prompt tokens looked up in the prefix cache, `prefix_cache_hits` those found. `stalled`
     is 1 while requests run and no step ends, as who runs the engine saw it, `num_stalls` how often that began.
+    `speculation` is None where nothing is drafted.
     """
 
     num_running: int
@@ -25,3 +70,4 @@ class EngineStats:
     prefix_cache_hits: int
     stalled: int = 0
     num_stalls: int = 0
+    speculation: Tally | None = None

@@ -46,9 +46,11 @@ def run(
     ServerError if that fails.
     """
     with _listen(settings.host, settings.port) as listener:
-        from llmopt_cli.runtime import AsyncEngine, Engine  # torch: not before the port is known to be free
+        # They bring torch: not before the port is known to be free.
+        from llmopt_cli.runtime import AsyncEngine, Engine, SamplingParams
 
         engine = Engine.from_recipe(recipe, trust_remote_code, adapters=adapters)
+        engine.check([0], SamplingParams(kv_policy=settings.kv_policy))
         if settings.schedule_log:
             engine.record(settings.schedule_log)
         service = Service(AsyncEngine(engine), settings)

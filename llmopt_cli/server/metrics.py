@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -53,6 +53,15 @@ COUNTERS = {
     "generation_tokens": ("Tokens generated.", "generation_tokens"),
     "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", "prefix_cache_queries"),
     "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", "prefix_cache_hits"),
+}
+SPECULATION = {  # name -> field of Tally, where something is drafted
+    "spec_decode_num_drafts": ("Drafts verified.", "drafts"),
+    "spec_decode_num_draft_tokens": ("Tokens drafted.", "tokens"),
+    "spec_decode_num_accepted_tokens": ("Drafted tokens that stood.", "accepted"),
+}
+SPECULATION_GAUGES = {
+    "spec_decode_acceptance_length": ("Tokens that a request gets by a step.", "length"),
+    "spec_decode_speedup": ("Time that decoding would have taken without drafts, as a ratio.", "speedup"),
 }
 
 
@@ -110,10 +119,20 @@ class Metrics(Collector):
     def _engine_families(self) -> Iterator[Metric]:
         stats = self._stats()
         names, values = list(self._labels), list(self._labels.values())
-        for kind, table in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+        tables: list[tuple[Any, Any, dict[str, tuple[str, str]]]]
+        tables = [(stats, GaugeMetricFamily, GAUGES), (stats, CounterMetricFamily, COUNTERS)]
+        tally = stats.speculation
+        if tally is not None:
+            tables += [(tally, CounterMetricFamily, SPECULATION), (tally, GaugeMetricFamily, SPECULATION_GAUGES)]
+            text, name = "Drafted tokens that stood, by their place.", "spec_decode_num_accepted_tokens_per_pos"
+            places = CounterMetricFamily(name, text, labels=[*names, "position"])
+            for place, count in enumerate(tally.stood):
+                places.add_metric([*values, str(place)], count)
+            yield places
+        for source, kind, table in tables:
             for name, (text, field) in table.items():
                 family = kind(name, text, labels=names)
-                family.add_metric(values, getattr(stats, field))
+                family.add_metric(values, getattr(source, field))
                 yield family
         cache = GaugeMetricFamily("cache_config_info", "The KV cache.", labels=[*names, "block_size", "num_gpu_blocks"])
         cache.add_metric([*values, str(stats.block_size), str(stats.num_blocks)], 1)

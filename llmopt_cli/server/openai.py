@@ -77,7 +77,10 @@ class OpenAIApi:
     ) -> Response:
         self._check_priority(body.priority)
         adapter, served = self._adapter(body.model), self._service.model_name
-        params = [body.sampling(self._max_tokens(len(prompt), body.limit), adapter) for prompt in prompts]
+        policy = body.policy(self._service.settings.kv_policy)
+        unbounded = policy is not None and policy.unbounded
+        rooms = [self._max_tokens(0 if unbounded else len(prompt), body.limit, unbounded) for prompt in prompts]
+        params = [body.sampling(room, adapter, policy) for room in rooms]
         outputs = self._service.run(prompts, params, body.answers)
         answer = Answer(body, adapter or served, prompts, echoes, Worder(self._engine.tokenizer))
         if not body.stream:
@@ -85,11 +88,14 @@ class OpenAIApi:
         events = answer.events(outputs, body.stream_options or StreamOptions())
         return await EventStream.begin(request.receive, events)
 
-    def _max_tokens(self, num_prompt: int, limit: int | None) -> int:
-        """What the client asked for, or all there is room for. A prompt too long is left to the engine to refuse."""
+    def _max_tokens(self, num_prompt: int, limit: int | None, unbounded: bool) -> int:
+        """What the client asked for, or all there is room for. A prompt too long is left to the engine to refuse.
+
+        A request that is `unbounded` by the context gets as many as one can hold, unless it asks for more.
+        """
         context = self._engine.max_model_len
         room = max(context - num_prompt, 1)
-        if limit is not None and num_prompt < context and limit > room:
+        if limit is not None and num_prompt < context and limit > room and not unbounded:
             raise ApiError(
                 400,
                 f"the context holds {context} tokens; the prompt has {num_prompt} and max_tokens asks for {limit} more",

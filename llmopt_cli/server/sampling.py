@@ -17,6 +17,7 @@ from llmopt_cli.errors import UsageError
 from llmopt_cli.runtime.request import Grammar, SamplingParams
 from llmopt_cli.server.body import Body, refusal
 from llmopt_cli.server.errors import ApiError
+from llmopt_cli.spec.kv_policy import KvPolicy, parse_policy
 
 MOST_ANSWERS = 128  # for one prompt
 MOST_LOGPROBS = 20  # for one position
@@ -141,6 +142,7 @@ class SamplingBody(Body):
     guided_grammar: str | None = None
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     cache_salt: str = ""
+    kv_policy: str | None = None
     timeout: float | None = Field(None, gt=0)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -182,7 +184,16 @@ class SamplingBody(Body):
         """Likeliest tokens wanted for each token of the prompt; None: it need not be scored."""
         return self.prompt_logprobs
 
-    def sampling(self, max_tokens: int, adapter: str = "") -> SamplingParams:
+    def policy(self, default: KvPolicy | None) -> KvPolicy | None:
+        """What the request keeps of its cache; the server's `default` is not for beams. ApiError if it is misspelt."""
+        if self.kv_policy is None:
+            return None if self.use_beam_search else default
+        try:
+            return parse_policy(self.kv_policy)
+        except UsageError as error:
+            raise ApiError(400, error.message, param="kv_policy") from None
+
+    def sampling(self, max_tokens: int, adapter: str = "", policy: KvPolicy | None = None) -> SamplingParams:
         """The engine's parameters, with that LoRA `adapter`; a value out of range raises ApiError naming its field."""
         logprobs = 0 if self.told is None and self.ranked else self.told  # they are ranked by it
         try:
@@ -212,6 +223,7 @@ class SamplingBody(Body):
                 grammar=next(iter(self._grammars().values()), None),
                 beams=(self.best_of or self.n) if self.use_beam_search else 0,
                 length_penalty=self.length_penalty,
+                kv_policy=policy,
             )
         except UsageError as error:
             # Its messages begin with the field's name.

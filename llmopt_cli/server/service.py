@@ -20,6 +20,7 @@ from llmopt_cli.runtime.request import RequestOutput, SamplingParams
 from llmopt_cli.server.errors import ApiError
 from llmopt_cli.server.metrics import Metrics, RequestClock
 from llmopt_cli.server.streaming import merged
+from llmopt_cli.spec.kv_policy import KvPolicy
 
 if TYPE_CHECKING:
     from llmopt_cli.runtime import AsyncEngine
@@ -38,6 +39,7 @@ class Settings:
     max_num_queued_reqs: int = 512
     shutdown_timeout: float = 30.0
     schedule_log: Path | None = None
+    kv_policy: KvPolicy | None = None  # of requests that name none
 
 
 def retry_after(ends: Sequence[float]) -> int:

@@ -5,7 +5,8 @@ Knows no torch and checks no file: names are resolved by the verb that uses them
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -14,6 +15,10 @@ from llmopt_cli.spec.yaml_file import find_yaml, read_yaml, recipes_folder
 
 MODES = ("continuous", "static", "none")
 POLICIES = ("fcfs", "priority")
+SPECULATION = {"draft_model": True, "ngram": False, "suffix": False, "medusa": True, "eagle": True}  # by a model?
+MOST_DRAFTED = 64
+SPEC_FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+EXAMPLE = """for example `--speculative-config '{"method": "ngram", "num_speculative_tokens": 4}'`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +62,39 @@ class Batching:
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """Speculative decoding (arXiv 2211.17192): `model` drafts `num_speculative_tokens`, the target accepts a part.
+    """Speculative decoding (arXiv 2211.17192): up to `num_speculative_tokens` are proposed, the model accepts a part.
 
-    `acceptance` is the probability that a drafted token is accepted: 0.7-0.85 for code, 0.6-0.75 for chat.
+    `model` is what the `method` proposes with: a small model of the same tokens, or heads; two look the text up and
+    need none. `acceptance` is the probability that a proposed token is accepted, for estimates: 0.7-0.85 for code,
+    0.6-0.75 for chat. An `adaptive` one proposes fewer tokens, or none, where that is faster. Lookups of method
+    "ngram" match `prompt_lookup_min` to `prompt_lookup_max` tokens.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    model: str
+    model: str = ""
     num_speculative_tokens: int = 4
     acceptance: float = 0.7
+    method: str = ""
+    adaptive: bool = True
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 4
 
     def __post_init__(self) -> None:
-        if self.num_speculative_tokens < 1:
-            raise ValueError(f"num_speculative_tokens must be at least 1, not {self.num_speculative_tokens}")
+        if not 1 <= self.num_speculative_tokens <= MOST_DRAFTED:
+            raise ValueError(f"num_speculative_tokens must lie in 1..{MOST_DRAFTED}, not {self.num_speculative_tokens}")
         if not 0 <= self.acceptance <= 1:
             raise ValueError(f"acceptance must lie in 0..1, not {self.acceptance}")
+        if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min {self.prompt_lookup_min} must lie in 1..{self.prompt_lookup_max}, prompt_lookup_max"
+            )
+        method = self.method or "draft_model"
+        if method not in SPECULATION:
+            raise ValueError(f"speculation's method must be one of {', '.join(SPECULATION)}, not {method}")
+        if SPECULATION[method] and not self.model:
+            raise ValueError(f"speculation by {method} needs a model")
+        object.__setattr__(self, "method", method)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +137,13 @@ class Recipe:
         """
         recipe = cls.read(name) if name is not None else cls()
         given = {key: value for key, value in flags.items() if value is not None}
+        speculation = {field: given.pop(flag) for flag, field in SPEC_FLAGS.items() if flag in given}
+        config = given.pop("speculative_config", None)
         batching = {key: given.pop(key) for key in list(given) if key in Batching.__dataclass_fields__}
         try:
+            if config or speculation:
+                known = {} if recipe.speculation is None else asdict(recipe.speculation)
+                given["speculation"] = Speculation(**(known | _read_config(config) | speculation))
             return replace(recipe, batching=replace(recipe.batching, **batching), **given)
         except ValueError as error:
             raise UsageError(str(error)) from None
@@ -136,6 +163,20 @@ class Recipe:
             raise UsageError(f"`{path}` exists already", "name another file with -o") from None
         except OSError as error:
             raise UsageError(f"cannot write `{path}`: {error.strerror}", "name another file with -o") from None
+
+
+def _read_config(text: str | None) -> dict[str, Any]:
+    """The fields that a JSON object names; UsageError for a text that is none, or names others."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise UsageError(f"--speculative-config is no JSON: {error}", EXAMPLE) from None
+    if not isinstance(found, dict):
+        raise UsageError("--speculative-config is no JSON object", EXAMPLE)
+    known = {one.name for one in fields(Speculation)}
+    if strange := found.keys() - known:
+        raise UsageError(f"--speculative-config has no key `{min(strange)}`", f"it has {', '.join(sorted(known))}")
+    return found
 
 
 def _changed(noun: Any) -> dict[str, Any]:

@@ -42,9 +42,9 @@ def test_json_is_one_document_and_names_what_was_written(
     assert found["summary"].endswith(" fallback")
     assert found["bytes_after"] < found["bytes_before"]
     assert found["quality"]["kl_mean"]["low"] <= found["quality"]["kl_mean"]["value"]
-    assert {key: value for key, value in found.items() if key != "path"} == json.loads(
-        (folder / "quality.json").read_text()
-    )
+    assert found.pop("seconds")["quantizing"] > 0  # not in the file: equal runs have equal files
+    del found["path"]
+    assert found == json.loads((folder / "quality.json").read_text())
 
 
 def test_the_table_says_what_it_cost_and_what_to_type_next(llmopt: Run, tiny: Callable[..., Path]) -> None:

@@ -63,6 +63,18 @@ def test_compiled_silu_mul_equals_reference(width: int, dtype: torch.dtype) -> N
     assert close(cpu.silu_mul(gate_up), reference.silu_mul(gate_up))
 
 
+@compiled
+@dtypes
+@pytest.mark.parametrize("width", [1, 33, 256, 700])
+def test_compiled_argmax_is_the_first_of_the_largest(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    x = torch.randint(-9, 9, (7, width)).to(dtype)
+    x[0], x[1, : width // 2], x[2, -1] = float("-inf"), float("-inf"), 50.0
+    assert cpu.argmax(x).tolist() == [row.index(max(row)) for row in x.tolist()] == reference.argmax(x).tolist()
+    x[3, 0] = float("nan")
+    assert 0 <= cpu.argmax(x)[3] < width
+
+
 @dtypes
 @pytest.mark.parametrize(("count", "rows", "width"), [(1, 1, 1), (3, 7, 33), (9, 33, 64), (17, 130, 100)])
 @pytest.mark.parametrize("use_compiled", [False, pytest.param(True, marks=compiled)], ids=["torch", "compiled"])

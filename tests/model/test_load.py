@@ -18,32 +18,44 @@ from llmopt_cli.model.load import load_model
 from llmopt_cli.spec.checkpoint import Checkpoint
 
 FAMILIES: list[tuple[str, dict[str, Any], dict[str, int]]] = [
-    ("Llama", {"tie_word_embeddings": True}, {"attention": 2, "mlp": 2, "norm": 5}),
+    ("Llama", {"tie_word_embeddings": True}, {"attention": 2, "mlp": 2, "norm": 5, "layer": 2}),
     (
         "Llama",
         {"num_key_value_heads": 4, "head_dim": 24, "attention_bias": True},
-        {"attention": 2, "mlp": 2, "norm": 5},
+        {"attention": 2, "mlp": 2, "norm": 5, "layer": 2},
     ),
-    ("Qwen2", {}, {"attention": 2, "mlp": 2, "norm": 5}),
-    ("Qwen3", {"head_dim": 16}, {"attention": 2, "mlp": 2, "norm": 9}),
-    ("Mistral", {"sliding_window": 4, "head_dim": 16}, {"attention": 2, "mlp": 2, "norm": 5}),
-    ("Olmo2", {}, {"attention": 0, "mlp": 2, "norm": 9}),  # its q and k norms span all heads: keeps its own attention
-    ("Phi3", {}, {"attention": 0, "mlp": 0, "norm": 5}),  # one merged projection already
-    ("Granite", {"attention_multiplier": 0.3, "logits_scaling": 2.0}, {"attention": 2, "mlp": 2, "norm": 5}),
-    ("Mixtral", {"num_local_experts": 4}, {"attention": 2, "mlp": 0, "norm": 5}),  # stacked experts
-    ("Nemotron", {"partial_rotary_factor": 0.5}, {"attention": 0, "mlp": 0, "norm": 0}),  # turns half of each head
+    ("Qwen2", {}, {"attention": 2, "mlp": 2, "norm": 5, "layer": 2}),
+    ("Qwen3", {"head_dim": 16}, {"attention": 2, "mlp": 2, "norm": 9, "layer": 2}),
+    ("Mistral", {"sliding_window": 4, "head_dim": 16}, {"attention": 2, "mlp": 2, "norm": 5, "layer": 2}),
+    (
+        "Olmo2",
+        {},
+        {"attention": 0, "mlp": 2, "norm": 9, "layer": 0},
+    ),  # its q and k norms span all heads: keeps its own attention
+    ("Phi3", {}, {"attention": 0, "mlp": 0, "norm": 5, "layer": 0}),  # one merged projection already
+    (
+        "Granite",
+        {"attention_multiplier": 0.3, "logits_scaling": 2.0},
+        {"attention": 2, "mlp": 2, "norm": 5, "layer": 2},
+    ),
+    ("Mixtral", {"num_local_experts": 4}, {"attention": 2, "mlp": 0, "norm": 5, "layer": 0}),  # stacked experts
+    (
+        "Nemotron",
+        {"partial_rotary_factor": 0.5},
+        {"attention": 0, "mlp": 0, "norm": 0, "layer": 0},
+    ),  # turns half of each head
     (
         "Glm4Moe",
         {"head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2},
-        {"attention": 0, "mlp": 2, "norm": 5},
+        {"attention": 0, "mlp": 2, "norm": 5, "layer": 0},
     ),
-    ("Olmo", {"clip_qkv": 8.0}, {"attention": 0, "mlp": 2, "norm": 0}),  # clamps large queries
+    ("Olmo", {"clip_qkv": 8.0}, {"attention": 0, "mlp": 2, "norm": 0, "layer": 0}),  # clamps large queries
     (
         "SmolLM3",
         {"num_hidden_layers": 6, "pad_token_id": 6},
-        {"attention": 5, "mlp": 6, "norm": 13},
+        {"attention": 5, "mlp": 6, "norm": 13, "layer": 5},
     ),  # one turns nothing
-    ("GPTNeoX", {"num_key_value_heads": 4}, {"attention": 0, "mlp": 0, "norm": 0}),
+    ("GPTNeoX", {"num_key_value_heads": 4}, {"attention": 0, "mlp": 0, "norm": 0, "layer": 0}),
 ]
 
 
@@ -146,3 +158,25 @@ def test_unknown_dtype_and_absent_gpu_are_usage_errors(tiny: Callable[..., Path]
     for device in ("toaster", "meta", "mps", "cuda:99"):
         with pytest.raises(UsageError, match=device):
             load_model(checkpoint, device=device)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "is_plain"),
+    [
+        ("Llama", {}, True),
+        ("Qwen3", {"head_dim": 16}, True),
+        ("Granite", {"attention_multiplier": 0.3, "logits_scaling": 2.0}, False),  # divides its logits
+        ("SmolLM3", {"num_hidden_layers": 6, "pad_token_id": 6}, False),  # one layer is not ours
+    ],
+)
+def test_the_short_way_through_a_model_is_taken_where_it_gives_the_same(
+    tiny: Callable[..., Path], family: str, changes: dict[str, Any], is_plain: bool
+) -> None:
+    loaded = load_model(Checkpoint.open(tiny(family, **changes)), "float32", "cpu")
+    assert (loaded.decoder is not None) == is_plain
+    ids, positions = torch.arange(10, 16), torch.arange(6)
+    with torch.inference_mode():
+        expected = loaded.model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0]
+        assert torch.equal(loaded.logits(ids, positions), expected)
+        some = loaded.logits(ids, positions, torch.tensor([1, 5]))
+    torch.testing.assert_close(some, expected[[1, 5]], rtol=1e-5, atol=1e-5)

@@ -20,9 +20,11 @@ from hypothesis.stateful import (
 )
 
 from llmopt_cli.runtime.blocks import BlockPool, Chain, chain
+from llmopt_cli.runtime.compression.change import Turn
 from llmopt_cli.runtime.request import Request, SamplingParams
 from llmopt_cli.runtime.scheduler import Plan, SchedulerState, schedule
 from llmopt_cli.runtime.state import EXPECTED_AT_FIRST
+from llmopt_cli.spec.kv_policy import KvPolicy, Selecting, Streaming
 from llmopt_cli.spec.recipe import MODES, POLICIES, Batching
 
 BLOCKS, SIZE = 12, 4
@@ -96,11 +98,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt = min(prompt, self.state.blocks.num_blocks * SIZE - output)  # what can never fit is refused at the door
         # Prompts of a kind begin alike; the last token of some is their own.
         ids = [*range(kind, kind + prompt)]
-        params = SamplingParams(max_tokens=output, prompt_logprobs=scored)
+        params = SamplingParams(max_tokens=output, prompt_logprobs=scored, kv_policy=self.policy(len(self.goal)))
         deadline = None if patience is None else self.state.now + patience
         self.state.add(Request(name, ids, prompt, params, priority=priority, deadline=deadline))
         self.goal[name] = prompt + output
         self.computed[name] = 0
+
+    def policy(self, number: int) -> KvPolicy | None:
+        """That of the next request, beside so many."""
+        return None
 
     @precondition(lambda self: self.goal)
     @rule(times=st.integers(1, 8))
@@ -119,6 +125,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name in plan.preempted:
             self.computed[name] = 0
         self._tally(plan)
+        self._change(plan)
         assert sum(chunk.length for chunk in plan.chunks) <= self.state.limits.max_num_batched_tokens
         for chunk in plan.chunks:
             one = live[chunk.request_id]
@@ -141,6 +148,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _tally(self, plan: Plan) -> None:
         shared = sum(r.num_hit or 0 for r in self.state.running)
         self.steps.update(steps=1, preempted=len(plan.preempted), expired=len(plan.expired), shared=shared > 0)
+
+    def _change(self, plan: Plan) -> None:
+        assert not plan.changes, "nobody has a policy"
 
     def _write(self, one: Request, start: int, length: int) -> None:
         holders = [block for other in self.state.running for block in other.blocks]
@@ -225,17 +235,65 @@ class CollidingMachine(SchedulerMachine):
     steps: ClassVar[Counter[str]] = Counter()
 
 
+class KeepingMachine(SharingMachine):
+    """The same where most requests keep a part of their cache only: `kept` are the positions in their slots."""
+
+    steps: ClassVar[Counter[str]] = Counter()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, list[int]] = {}
+
+    def policy(self, number: int) -> KvPolicy | None:
+        return (Streaming(sinks=1, window=5), Selecting(budget=7, window=3), None)[number % 3]
+
+    def _change(self, plan: Plan) -> None:
+        for change in plan.changes:
+            kept, name = self.kept[change.request_id], change.request_id
+            slots = [block * SIZE + offset for block in change.old for offset in range(SIZE)]
+            if isinstance(change, Turn):
+                gone = change.distance + len(change.old) * SIZE  # where the window begins
+                self.kept[name] = kept[: len(slots)] + [position for position in kept[len(slots) :] if position >= gone]
+            else:
+                slots = slots[-change.kept :] if len(slots) == len(kept) else slots[len(kept) - change.kept : len(kept)]
+                self.kept[name] = kept[-change.kept :]
+            moved = [self.memory.get(slot) for slot in slots]
+            for index, content in enumerate(moved):
+                assert content is not None, "what was never written is kept"
+                self.memory[change.new[index // SIZE] * SIZE + index % SIZE] = content
+        self.steps["changed"] += len(plan.changes)
+
+    def _write(self, one: Request, start: int, length: int) -> None:
+        holders = [block for other in self.state.running for block in (*other.blocks, *other.originals)]
+        kept = self.kept.setdefault(one.request_id, [])
+        if start != (kept[-1] + 1 if kept else 0):
+            kept[:] = range(start)  # it began anew, behind what was found in the cache
+        for position in range(start, start + length):
+            block, offset = one.blocks[len(kept) // SIZE], len(kept) % SIZE
+            assert holders.count(block) == 1, "a block with several holders is written"
+            self.memory[block * SIZE + offset] = tuple(one.token_ids[: position + 1])
+            kept.append(position)
+
+    def _read(self, one: Request) -> None:
+        kept = self.kept[one.request_id]
+        assert len(kept) == one.num_cached
+        for index, position in enumerate(kept):
+            slot = one.blocks[index // SIZE] * SIZE + index % SIZE
+            assert self.memory[slot] == tuple(one.token_ids[: position + 1]), "the cache holds another's tokens"
+
+
 FUZZ = settings(max_examples=60, stateful_step_count=30, deadline=None)
 ENOUGH = {"steps": 2500, "preempted": 20, "expired": 10}  # of each machine
 
 
-@pytest.mark.parametrize("machine", [SchedulerMachine, SharingMachine, CollidingMachine])
+@pytest.mark.parametrize("machine", [SchedulerMachine, SharingMachine, CollidingMachine, KeepingMachine])
 def test_random_traffic_leaks_loses_and_mixes_nothing(machine: type[SchedulerMachine]) -> None:
     """Thousands of steps: no block with two writers, no token computed twice save after preemption, an end in sight."""
     machine.steps.clear()
     run_state_machine_as_test(machine, settings=FUZZ)
     assert {what: machine.steps[what] for what, least in ENOUGH.items() if machine.steps[what] < least} == {}
     assert bool(machine.steps["shared"]) == machine.share
+    assert bool(machine.steps["changed"]) == (machine is KeepingMachine)
 
 
 def finish(state: SchedulerState) -> None:

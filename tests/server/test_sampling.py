@@ -16,6 +16,7 @@ from llmopt_cli.runtime import Engine, SamplingParams
 from llmopt_cli.runtime.request import Grammar
 from llmopt_cli.server.logprobs import Worder
 from llmopt_cli.server.protocol import ChatRequest, CompletionRequest
+from llmopt_cli.spec.kv_policy import Selecting
 
 pytestmark = pytest.mark.timeout(60)
 PROMPT = "Once upon a time"
@@ -43,7 +44,7 @@ def all_blocks_come_back(server: Any) -> Iterator[None]:
 
 
 def complete(client: OpenAI, **fields: Any) -> Any:
-    known = {"max_tokens", "temperature", "seed", "n", "best_of", "logprobs", "echo", "logit_bias", "stream"}
+    known = {"prompt", "max_tokens", "temperature", "seed", "n", "best_of", "logprobs", "echo", "logit_bias", "stream"}
     request: Any = {"model": "demo", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
     request |= {name: value for name, value in fields.items() if name in known}
     return client.completions.create(
@@ -115,6 +116,18 @@ def test_the_best_of_several_answers_is_the_likeliest_per_token(client: OpenAI, 
     answer = complete(client, n=2, best_of=5, temperature=1, seed=5)
     assert [choice.text for choice in answer.choices] == [output.text for output in ranked[:2]]
     assert answer.usage.completion_tokens == sum(len(output.token_ids) for output in drawn)
+
+
+def test_a_request_keeps_what_it_says_of_its_cache(client: OpenAI, engine: Engine) -> None:
+    ids = engine.tokenizer.encode(PROMPT * 30)
+    kept = SamplingParams(max_tokens=12, kv_policy=Selecting(budget=32, window=16))
+    texts = [engine.generate([ids], params)[0].text for params in (kept, SamplingParams(max_tokens=12))]
+    assert texts[0] != texts[1]
+    answers = [complete(client, prompt=ids, kv_policy=text) for text in ("snapkv:budget=32,window=16", "none")]
+    assert [answer.choices[0].text for answer in answers] == texts
+    with pytest.raises(BadRequestError, match="budget 16 is below the window of 32") as caught:
+        complete(client, kv_policy="snapkv:budget=16,window=32")
+    assert caught.value.param == "kv_policy"
 
 
 @pytest.mark.parametrize("stream", [False, True])

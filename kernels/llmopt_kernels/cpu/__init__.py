@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ SIGNATURES = {  # of ops.cpp: pointers, sizes, floats
     "rms_norm": "pppiif",
     "rotary": "pppiiii",
     "silu_mul": "ppii",
+    "argmax": "ppii",
     "linear": "ppppiii",
     "linear_rows": "ppppiii",
     "store_rows": "pppiii",
@@ -31,6 +33,7 @@ SIGNATURES = {  # of ops.cpp: pointers, sizes, floats
     "int4_linear": "pppppiiiiii",
     "int4_unpack": "ppppiiiii",
     "nibbles": "ppiii",
+    "decoder_layers": "ppi",
     **{f"paged_attention_{kind}": "pppppppppppipff" for kind in ("own", "int8", "fp8")},
 }
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # what scales of packed weights may be
@@ -38,6 +41,7 @@ CACHED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp
 LONGEST_QUERY = 4  # more query tokens a request and a longer past: matrix products over gathered pages are faster
 LONGEST_PAST = 1024
 MOST_PAIRED = 64  # more rows of x, or no such op on this machine: torch's product is faster
+SOFTLY = 1  # OpenMP's omp_pause_soft
 MOST_ROWS = 5  # more rows of x: unpacking the weights for a matrix product is faster
 CHUNK = 128  # columns whose codes ops.cpp takes at a time; groups must be whole chunks
 TILE = 2**20  # weights unpacked at a time: a copy of a whole layer would fall out of the cache, and cost page faults
@@ -68,8 +72,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
-    op = _op("rms_norm", x.dtype)
-    op(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
+    op("rms_norm", x.dtype)(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
     return out
 
 
@@ -77,7 +80,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `reference.rotary`; works in place, so the heads of `x` may be a slice of a merged product."""
     x, cos, sin = _dense_rows(x), cos.contiguous(), sin.contiguous()
     tokens, heads, dim = x.shape
-    _op("rotary", x.dtype)(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, heads, dim, x.stride(0))
+    op("rotary", x.dtype)(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, heads, dim, x.stride(0))
     return x
 
 
@@ -86,7 +89,16 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
-    _op("silu_mul", out.dtype)(gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width)
+    op("silu_mul", out.dtype)(gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width)
+    return out
+
+
+def argmax(x: Tensor) -> Tensor:
+    """See `reference.argmax`."""
+    x = x.contiguous()
+    rows, width = x.shape
+    out = torch.empty(rows, dtype=torch.int64)
+    op("argmax", x.dtype)(x.data_ptr(), out.data_ptr(), rows, width)
     return out
 
 
@@ -94,7 +106,7 @@ def multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` has a compiled op for this product, and it is the fast way."""
     width = weight.shape[1]
     alike = fits(x, weight) if bias is None else fits(x, weight, bias)
-    able = alike and x.dtype == torch.bfloat16 and _pairs_bf16()
+    able = alike and x.dtype == torch.bfloat16 and pairs_bf16()
     return able and x.numel() <= MOST_PAIRED * width and width % 2 == 0 and weight.is_contiguous()
 
 
@@ -108,7 +120,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty(*x.shape[:-1], rows)
     bias_at = None if bias is None else bias.data_ptr()
     count = out.numel() // rows
-    _op("linear", x.dtype)(x.data_ptr(), weight.data_ptr(), bias_at, out.data_ptr(), count, rows, width)
+    op("linear", x.dtype)(x.data_ptr(), weight.data_ptr(), bias_at, out.data_ptr(), count, rows, width)
     return out
 
 
@@ -119,7 +131,7 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty(*x.shape[:-1], rows)
     bias_at = None if bias is None else bias.contiguous().data_ptr()
     count = out.numel() // rows
-    _op("linear_rows", x.dtype)(x.data_ptr(), weight.data_ptr(), bias_at, out.data_ptr(), count, rows, width)
+    op("linear_rows", x.dtype)(x.data_ptr(), weight.data_ptr(), bias_at, out.data_ptr(), count, rows, width)
     return out
 
 
@@ -134,12 +146,11 @@ def store_kv(key: Tensor, value: Tensor, k: Pages, v: Pages, slots: Tensor) -> N
         rows = _dense_rows(new)
         tokens, heads, dim = rows.shape
         if pages.scales is None:
-            op, sizes = _op("store_rows", new.dtype), (tokens, heads * dim, rows.stride(0))
-            op(rows.data_ptr(), pages.values.data_ptr(), slots.data_ptr(), *sizes)
+            pointers = (rows.data_ptr(), pages.values.data_ptr(), slots.data_ptr())
+            op("store_rows", new.dtype)(*pointers, tokens, heads * dim, rows.stride(0))
         else:
             tensors = (rows, pages.values, pages.scales, slots)
-            pointers = (tensor.data_ptr() for tensor in tensors)
-            _op("store_int8", new.dtype)(*pointers, tokens, heads, dim, rows.stride(0))
+            op("store_int8", new.dtype)(*(tensor.data_ptr() for tensor in tensors), tokens, heads, dim, rows.stride(0))
 
 
 def reads(query: Tensor, pages: Pages) -> bool:
@@ -152,15 +163,15 @@ def attend_rows(query: Tensor, k: Pages, v: Pages, out: Tensor, group: Rows, rul
     query = _dense_rows(query)
     heads, dim = query.shape[1:]
     kv_heads, value_dim = v.values.shape[1:]
-    requests, count = group.rows.shape
-    shape = (count, heads, kv_heads, dim, value_dim, group.block_size, group.tables.shape[1], query.stride(0))
+    requests = len(group.starts)
+    shape = (group.count, heads, kv_heads, dim, value_dim, group.block_size, group.tables.shape[1], query.stride(0))
     sizes = (ctypes.c_int64 * 10)(*shape, rule.window or 0, rule.chunk or 0)
     kind = CACHED.get(k.values.dtype, "own")
     table = _float8_table(k.values.dtype) if kind == "fp8" else None
     paged = (k.values, v.values, k.scales, v.scales, table)
     tensors = (query, *paged, rule.sinks, out, group.starts, group.tables, group.lengths)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    _op(f"paged_attention_{kind}", query.dtype)(*pointers, requests, sizes, rule.scale, rule.softcap or 0.0)
+    op(f"paged_attention_{kind}", query.dtype)(*pointers, requests, sizes, rule.scale, rule.softcap or 0.0)
 
 
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -181,7 +192,7 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tens
     out = x.new_empty(*x.shape[:-1], rows)
     tensors = (x, codes, scales, zeros, out)
     sizes = (count, rows, width, groups, SCALES[scales.dtype], int(zeros.numel() > 1))
-    _op("int4_linear", x.dtype)(*(tensor.data_ptr() for tensor in tensors), *sizes)
+    op("int4_linear", x.dtype)(*(tensor.data_ptr() for tensor in tensors), *sizes)
     return out
 
 
@@ -196,7 +207,7 @@ def _unpack(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) ->
     out = torch.empty(rows, 2 * codes.shape[1], dtype=dtype)
     tensors = (codes, scales, zeros, out)
     sizes = (rows, out.shape[1], groups, SCALES[scales.dtype], int(zeros.numel() > 1))
-    _op("int4_unpack", out.dtype)(*(tensor.data_ptr() for tensor in tensors), *sizes)
+    op("int4_unpack", out.dtype)(*(tensor.data_ptr() for tensor in tensors), *sizes)
     return out
 
 
@@ -205,13 +216,13 @@ def nibbles(packed: Tensor, bits: int) -> Tensor:
     rows, width = packed.shape
     columns = width // bits * 8
     out = torch.empty(rows, columns // 2, dtype=torch.uint8)
-    _op("nibbles", None)(packed.data_ptr(), out.data_ptr(), rows, columns, bits)
+    op("nibbles", None)(packed.data_ptr(), out.data_ptr(), rows, columns, bits)
     return out
 
 
 def takes(group: Rows) -> bool:
     """Whether `attend_rows` is the fast way for this group."""
-    return group.rows.shape[1] <= LONGEST_QUERY or (group.longest <= LONGEST_PAST and _is_wide())
+    return group.count <= LONGEST_QUERY or (group.longest <= LONGEST_PAST and _is_wide())
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -233,19 +244,32 @@ def _is_wide() -> bool:
 
 
 @cache
-def _pairs_bf16() -> bool:
+def pairs_bf16() -> bool:
     """Whether there is a library and this CPU multiplies pairs of bfloat16."""
     asks = getattr(library(), "llmopt_multiplies_bf16", None)
     return asks is not None and bool(asks())
 
 
 @cache
-def _op(name: str, dtype: torch.dtype | None) -> Any:
+def op(name: str, dtype: torch.dtype | None) -> Any:
     """The compiled op for a dtype, if it has any, with its argument types declared."""
-    op = getattr(library(), f"llmopt_{name}" if dtype is None else f"llmopt_{name}_{SUFFIX[dtype]}")
-    op.argtypes = [KINDS[kind] for kind in SIGNATURES[name]]
-    op.restype = None
-    return op
+    found = getattr(library(), f"llmopt_{name}" if dtype is None else f"llmopt_{name}_{SUFFIX[dtype]}")
+    found.argtypes = [KINDS[kind] for kind in SIGNATURES[name]]
+    found.restype = None
+    return found
+
+
+def release_threads() -> None:
+    """End the OpenMP threads that work for the calling thread; its next parallel op starts others.
+
+    Every thread that runs parallel ops keeps a team. libgomp no longer spins at a barrier but sleeps, as soon as all
+    teams together have more threads than there are cores, and a step has hundreds of barriers: two idle threads of a
+    team that nobody needs any more make everybody else's ops up to twice as slow.
+    """
+    runtime = _openmp_runtime()
+    if runtime is not None:
+        with suppress(AttributeError):  # before OpenMP 5
+            ctypes.CDLL(runtime).omp_pause_resource_all(SOFTLY)
 
 
 def _load(file: Path) -> ctypes.CDLL | None:

@@ -1,0 +1,251 @@
+"""EAGLE: one decoder layer that goes on with the model's own hidden states, and the model's output head on top.
+
+From the hidden state of a token and the embedding of the one that follows it guesses the hidden state of that one, and
+so on with its own guesses (EAGLE-1, arXiv 2401.15077). Such a pair is cached like a token, at the place of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmopt_cli.model.load import LoadedModel
+from llmopt_cli.runtime.blocks import BlockPool
+from llmopt_cli.runtime.request import Request
+from llmopt_cli.runtime.scheduler import Chunk
+from llmopt_cli.runtime.speculative.heads import LAYER, Heads
+from llmopt_cli.runtime.speculative.proposer import Draft
+from llmopt_cli.spec.model import ModelSpec
+from llmopt_kernels import (
+    PagedBatch,
+    Pages,
+    Rule,
+    Span,
+    argmax,
+    indices,
+    linear,
+    paged_attention,
+    rms_norm,
+    rotary,
+    silu_mul,
+    store_kv,
+)
+
+KEPT = 512  # hidden states of a request that may wait for their pass: a longer past is left out
+
+
+def angles(
+    config: Mapping[str, Any], positions: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (positions, D) of a head's rotary embedding."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    made = LlamaRotaryEmbedding(LlamaConfig.from_dict({**config, "model_type": "llama"}))
+    cos, sin = made(torch.empty(1, dtype=torch.float32), torch.arange(positions)[None])
+    return cos[0].to(device, dtype), sin[0].to(device, dtype)
+
+
+class EagleLayer:
+    """The weights, over pages of its own."""
+
+    def __init__(self, heads: Heads, loaded: LoadedModel, positions: int, slots: int) -> None:
+        config, dtype, device = heads.checkpoint.config, loaded.dtype, loaded.device
+        spec = ModelSpec.from_hf({"model_type": "llama", **config}, heads.checkpoint.name)
+        held = heads.tensors(dtype, device)
+        self._embed, self._output = loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
+        self._fc, self._fc_bias = held["fc.weight"], held.get("fc.bias")
+        attention = f"{LAYER}self_attn."
+        self._qkv, self._qkv_bias = (_joined(held, attention, part) for part in ("weight", "bias"))
+        self._o, self._o_bias = (held.get(f"{attention}o_proj.{part}") for part in ("weight", "bias"))
+        self._norm = held[f"{LAYER}post_attention_layernorm.weight"]
+        self._eps = float(config.get("rms_norm_eps", 1e-6))
+        self._gate_up = torch.cat([held[f"{LAYER}mlp.{name}_proj.weight"] for name in ("gate", "up")])
+        self._down = held[f"{LAYER}mlp.down_proj.weight"]
+        self._heads, self._kv_heads, self._dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self._rule = Rule(spec.head_dim**-0.5)
+        self._cos, self._sin = angles(config, positions, dtype, device)
+        self._k, self._v = (Pages.empty(slots, spec.num_kv_heads, spec.head_dim, dtype, device) for _ in "kv")
+
+    def __call__(self, tokens: Tensor, hidden: Tensor, positions: Tensor, batch: PagedBatch) -> Tensor:
+        """Hidden states (T, H) of `tokens` (T,), as guessed from those before them, `hidden` (T, H) at `positions`."""
+        x = linear(torch.cat((self._embed(tokens), hidden), dim=-1), self._fc, self._fc_bias)
+        heads = linear(x, self._qkv, self._qkv_bias).view(len(tokens), -1, self._dim)
+        turned = rotary(heads[:, : -self._kv_heads], self._cos[positions], self._sin[positions])
+        store_kv(turned[:, self._heads :], heads[:, -self._kv_heads :], self._k, self._v, batch.new_slots)
+        seen = paged_attention(turned[:, : self._heads], self._k, self._v, batch, self._rule)
+        assert self._o is not None
+        x = x + linear(seen.flatten(1), self._o, self._o_bias)
+        return x + linear(silu_mul(linear(rms_norm(x, self._norm, self._eps), self._gate_up)), self._down)
+
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """Tokens int64 (B,) that the model's output head finds likeliest."""
+        return argmax(self._output(hidden))
+
+
+def _joined(held: Mapping[str, Tensor], attention: str, part: str) -> Any:
+    """Rows of queries, keys and values; None if none of them is stored."""
+    members = [held.get(f"{attention}{name}_proj.{part}") for name in "qkv"]
+    return None if members[0] is None else torch.cat([one for one in members if one is not None])
+
+
+@dataclass(slots=True, eq=False)
+class _Follower:
+    """A request as the head has it: `count` pairs in the cache, the last of them before position `next`.
+
+    `rows` are hidden states from positions on, in order, that a pass may need: those not run, and the last that was.
+    """
+
+    blocks: list[int] = field(default_factory=list)
+    count: int = 0
+    next: int = 0
+    rows: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def see(self, start: int, hidden: Tensor) -> None:
+        """More hidden states (T, H); what was seen from there on before was of drafts."""
+        kept = [(at, rows[: start - at]) for at, rows in self.rows if at < start]
+        left_out = max(0, len(hidden) - KEPT)
+        self.rows = [*kept, (start + left_out, hidden[left_out:])]
+        if len(hidden) > 1 or len(self.rows) > KEPT:
+            while len(self.rows) > 1 and sum(len(rows) for _, rows in self.rows) > KEPT:
+                del self.rows[0]
+
+    def waiting(self, last: int, most: int) -> tuple[list[int], Tensor | None]:
+        """Positions and hidden states of pairs up to `last` that are to run, `most` at a time; None if not seen."""
+        if self.next > last:  # asked again for the same tokens
+            self.next -= 1
+            self.count = max(0, self.count - 1)
+        positions: list[int] = []
+        parts = []
+        for start, rows in self.rows:
+            first, end = max(start, self.next), min(start + len(rows), last + 1)
+            if first < end:
+                positions += range(first, end)
+                parts.append(rows[first - start : end - start])
+        if not positions or positions[-1] != last:
+            return [], None
+        return positions[:most], (torch.cat(parts) if len(parts) > 1 else parts[0])[:most]
+
+    def ran(self, positions: Sequence[int]) -> None:
+        """These pairs are in the cache now."""
+        self.count += len(positions)
+        self.next = positions[-1] + 1
+        self.rows = [(start, rows) for start, rows in self.rows if start + len(rows) >= self.next]
+
+
+class _Known(NamedTuple):
+    """A pass over pairs that are known, packed; `ends` are the places of last ones, by request."""
+
+    tokens: list[int]
+    positions: list[int]
+    hidden: list[Tensor]
+    spans: list[Span]
+    ends: dict[str, int]
+
+
+class Eagle:
+    """Drafts with an EAGLE head: certain drafts. Its cache has `num_blocks`; at most `budget` tokens run at once."""
+
+    def __init__(
+        self, heads: Heads, loaded: LoadedModel, num_blocks: int, block_size: int, budget: int, positions: int
+    ) -> None:
+        """`positions` is the longest context that a request may have."""
+        self._layer = EagleLayer(heads, loaded, positions, num_blocks * block_size)
+        self._pool, self._block_size, self._budget = BlockPool(num_blocks), block_size, budget
+        self._device = loaded.device
+        self._followers: dict[str, _Follower] = {}
+
+    def see(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
+        """Keep the hidden states (T, H) of a step's tokens until they are needed."""
+        begin = 0
+        for chunk in chunks:
+            end = begin + chunk.length
+            follower = self._followers.get(chunk.request_id)
+            if follower is None:
+                follower = self._followers[chunk.request_id] = _Follower()
+            follower.see(chunk.start, hidden[begin:end])
+            begin = end
+
+    @torch.inference_mode()
+    def propose(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
+        """As long as wanted; nothing for those of whose past too much is to run first, or does not fit."""
+        wanted = {one.request_id: (one, length) for one, length in zip(requests, lengths, strict=True) if length}
+        names, hidden = self._catch_up(wanted)
+        if not names:
+            return [Draft()] * len(requests)
+        guesses = [self._layer.likeliest(hidden)]
+        last = [wanted[name][0].num_computed for name in names]
+        for step in range(1, max(wanted[name][1] for name in names)):
+            spans = [Span(1, one.count + step, one.blocks) for one in map(self._followers.__getitem__, names)]
+            batch = PagedBatch(spans, self._block_size, self._device)
+            positions = indices([place + step - 1 for place in last], self._device)
+            hidden = self._layer(guesses[-1], hidden, positions, batch)
+            guesses.append(self._layer.likeliest(hidden))
+        drafts = dict(zip(names, torch.stack(guesses, dim=1).tolist(), strict=True))
+        return [
+            Draft(tuple(drafts.get(one.request_id, ())[:length])) for one, length in zip(requests, lengths, strict=True)
+        ]
+
+    def _catch_up(self, wanted: Mapping[str, tuple[Request, int]]) -> tuple[list[str], Tensor]:
+        """Run what is known of each. Who is caught up with now, and the guessed states (B, H) of their last tokens."""
+        known = _Known([], [], [], [], {})
+        for name, (request, length) in wanted.items():
+            follower, left = self._followers.get(name), self._budget - len(known.tokens)
+            last = request.num_computed - 1
+            places, hidden = follower.waiting(last, left) if follower and left else ([], None)
+            if follower is None or hidden is None:
+                continue
+            if self._make_room(follower, follower.count + len(places) + length, wanted):
+                follower.ran(places)
+                known.tokens.extend([request.token_ids[place + 1] for place in places])
+                known.positions.extend(places)
+                known.hidden.append(hidden)
+                known.spans.append(Span(len(places), follower.count, follower.blocks))
+                if places[-1] == last:
+                    known.ends[name] = len(known.tokens) - 1
+        return list(known.ends), self._run(known)
+
+    def _run(self, known: _Known) -> Tensor:
+        """One pass; guessed hidden states (B, H) at its `ends`."""
+        if not known.spans:
+            return torch.empty(0)
+        batch = PagedBatch(known.spans, self._block_size, self._device)
+        hidden = torch.cat(known.hidden) if len(known.hidden) > 1 else known.hidden[0]
+        tokens, positions = (indices(numbers, self._device) for numbers in (known.tokens, known.positions))
+        found = self._layer(tokens, hidden, positions, batch)
+        return found if len(known.ends) == len(tokens) else found[indices(known.ends.values(), self._device)]
+
+    def _make_room(self, follower: _Follower, pairs: int, spared: Mapping[str, object]) -> bool:
+        """Blocks for so many pairs, at the cost of requests that are not drafted for now."""
+        missing = -(-pairs // self._block_size) - len(follower.blocks)
+        if missing <= 0:
+            return True
+        for name, other in self._followers.items():
+            if missing <= self._pool.num_free:
+                break
+            if name not in spared:
+                self._drop(other)
+        if missing > self._pool.num_free:
+            return False
+        follower.blocks.extend(self._pool.allocate(missing))
+        return True
+
+    def _drop(self, follower: _Follower) -> None:
+        self._pool.release(reversed(follower.blocks))
+        follower.blocks = []
+        follower.count = 0
+
+    def forget(self, request_id: str) -> None:
+        """Drop what was seen of a request, and give back its blocks."""
+        follower = self._followers.pop(request_id, None)
+        if follower is not None:
+            self._drop(follower)
+
+    def close(self) -> None:
+        """Drop all of it."""
+        for name in list(self._followers):
+            self.forget(name)

@@ -1,0 +1,41 @@
+"""What proposes tokens ahead of the model: its side of the contract with the engine.
+
+A proposer may be wrong as often as it likes, and never has to answer; whatever it says is verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from llmopt_cli.runtime.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens that may come next. `chances` float32 [len(tokens), V] are the distributions they were drawn from.
+
+    None says that each was certain: the proposer draws nothing.
+    """
+
+    tokens: tuple[int, ...] = ()
+    chances: Tensor | None = None
+
+
+class Proposer(Protocol):
+    """Guesses what requests will say."""
+
+    def propose(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
+        """At most so many tokens after the last known one of each request; all of its tokens are verified."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended, and will not come back."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        ...

@@ -1,0 +1,350 @@
+"""Heads that draft: their files, what they propose, and how they learn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmopt_cli.errors import CheckpointError, InterruptedWorkError, ModelError, UsageError
+from llmopt_cli.model.load import LoadedModel, load_model
+from llmopt_cli.runtime.request import Request, SamplingParams
+from llmopt_cli.runtime.scheduler import Chunk
+from llmopt_cli.runtime.speculative import train
+from llmopt_cli.runtime.speculative.eagle import Eagle, angles
+from llmopt_cli.runtime.speculative.heads import EAGLE_FILE, Heads, write_heads
+from llmopt_cli.runtime.speculative.medusa import Medusa
+from llmopt_cli.runtime.speculative.train_eagle import EaglePupil
+from llmopt_cli.runtime.speculative.train_job import Lesson, Outcome, eagle_config, folder_for, pupil_for, train_heads
+from llmopt_cli.spec.checkpoint import Checkpoint
+
+SIZE, VOCABULARY = 32, 4096
+TINY = {"hidden_size": SIZE, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+MEDUSA: dict[str, Any] = {"medusa_num_heads": 3, "medusa_num_layers": 2, "base_model_name_or_path": "somewhere/else"}
+EAGLE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "num_hidden_layers": 1,
+    "hidden_size": SIZE,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5000.0,
+    "vocab_size": VOCABULARY,
+}
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Callable[..., Path]) -> Checkpoint:
+    return Checkpoint.open(tiny("Llama", **TINY))
+
+
+@pytest.fixture(scope="module")
+def loaded(base: Checkpoint) -> LoadedModel:
+    return load_model(base)
+
+
+@pytest.fixture
+def medusa(tmp_path: Path) -> Write:
+    """Writes random Medusa heads as they are published."""
+
+    def write(size: int = SIZE, vocabulary: int = VOCABULARY, **config: Any) -> Path:
+        generator = torch.Generator().manual_seed(1)
+        tensors: dict[str, Tensor] = {}
+        for head in range(MEDUSA["medusa_num_heads"]):
+            for layer in range(MEDUSA["medusa_num_layers"]):
+                tensors[f"{head}.{layer}.linear.weight"] = torch.randn(size, size, generator=generator) * 0.5
+                tensors[f"{head}.{layer}.linear.bias"] = torch.randn(size, generator=generator)
+            tensors[f"{head}.{MEDUSA['medusa_num_layers']}.weight"] = torch.randn(vocabulary, size, generator=generator)
+        return _folder(tmp_path / "medusa", MEDUSA | config, tensors, "medusa_lm_head.safetensors")
+
+    return write
+
+
+@pytest.fixture
+def eagle(tmp_path: Path) -> Write:
+    """Writes a random EAGLE head as they are published, with an embedding that nobody needs."""
+
+    def write(more: dict[str, Tensor] | None = None, **config: Any) -> Path:
+        whole = EAGLE | config
+        size, inner, dim = whole["hidden_size"], whole["intermediate_size"], whole["hidden_size"] // 4
+        shapes = {
+            "fc.weight": (size, 2 * size),
+            "layers.0.self_attn.q_proj.weight": (4 * dim, size),
+            "layers.0.self_attn.k_proj.weight": (2 * dim, size),
+            "layers.0.self_attn.v_proj.weight": (2 * dim, size),
+            "layers.0.self_attn.o_proj.weight": (size, 4 * dim),
+            "layers.0.mlp.gate_proj.weight": (inner, size),
+            "layers.0.mlp.up_proj.weight": (inner, size),
+            "layers.0.mlp.down_proj.weight": (size, inner),
+            "layers.0.post_attention_layernorm.weight": (size,),
+            "embed_tokens.weight": (VOCABULARY, size),
+        }
+        generator = torch.Generator().manual_seed(2)
+        tensors = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+        return _folder(tmp_path / "eagle", whole, tensors | (more or {}), "model.safetensors")
+
+    return write
+
+
+def _folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], file: str) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / file)
+    return folder
+
+
+def test_heads_are_known_by_what_their_folder_holds(base: Checkpoint, medusa: Write, eagle: Write) -> None:
+    folder = eagle()
+    assert (Heads.open(medusa(), base).kind, Heads.open(folder, base).kind) == ("medusa", "eagle")
+    with pytest.raises(ModelError, match="holds eagle heads, not medusa"):
+        Heads.open(folder, base, "medusa")
+    with pytest.raises(ModelError, match="holds no heads that draft"):
+        Heads.open(base.path, base)
+
+
+def test_heads_for_another_model_are_refused_by_their_headers(base: Checkpoint, medusa: Write, eagle: Write) -> None:
+    wanted = "for a model of hidden size 64 with 4,096 tokens, and `.*` has 32 and 4,096"
+    with pytest.raises(ModelError, match=wanted) as refused:
+        Heads.open(medusa(size=64), base)
+    assert "llmopt train-heads" in str(refused.value.hint)
+    with pytest.raises(ModelError, match="of hidden size 32 with 999 tokens"):
+        Heads.open(eagle(vocab_size=999), base)
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "words"),
+    [
+        ({"num_hidden_layers": 2}, {}, "one layer"),
+        ({"intermediate_size": 41}, {}, r"F32 \[40, 32\] where config.json makes it \[41, 32\]"),
+        ({}, {"layers.0.input_layernorm.weight": torch.ones(SIZE)}, "which eagle heads of this format do not have"),
+    ],
+)
+def test_what_an_eagle_head_is_not(
+    base: Checkpoint, eagle: Write, config: dict[str, Any], more: dict[str, Tensor], words: str
+) -> None:
+    folder = eagle(more)
+    (folder / "config.json").write_text(json.dumps(EAGLE | config))
+    with pytest.raises((ModelError, CheckpointError), match=words):
+        Heads.open(folder, base)
+
+
+def test_medusa_heads_that_are_missing_are_named(base: Checkpoint, medusa: Write) -> None:
+    with pytest.raises(CheckpointError, match=r"lacks `3.0.linear.weight`"):
+        Heads.open(medusa(medusa_num_heads=4), base)
+
+
+def requests_of(tokens: Tensor) -> list[Request]:
+    """One that decodes for each row: all but its last token are computed."""
+    made = [Request(str(index), row, len(row), SamplingParams()) for index, row in enumerate(tokens.tolist())]
+    for one in made:
+        one.num_computed = one.num_tokens - 1
+    return made
+
+
+def step(requests: Sequence[Request], starts: Sequence[int], drafts: int = 0) -> list[Chunk]:
+    """What ran so that these requests are where they are, and behind them wrong drafts."""
+    return [
+        Chunk(one.request_id, start, one.num_computed - start + drafts, samples=True, drafts=drafts)
+        for one, start in zip(requests, starts, strict=True)
+    ]
+
+
+def test_each_medusa_head_says_what_its_blocks_make_of_the_last_state(
+    base: Checkpoint, loaded: LoadedModel, medusa: Write
+) -> None:
+    folder, generator = medusa(), torch.Generator().manual_seed(3)
+    stored = load_file(folder / "medusa_lm_head.safetensors")
+    proposer = Medusa(Heads.open(folder, base), loaded)
+    requests = requests_of(torch.randint(0, VOCABULARY, (3, 5), generator=generator))
+    states = torch.randn(12 + 6, SIZE, generator=generator)  # 4 and 2 drafts of each
+    proposer.see(step(requests, [0, 0, 0], drafts=2), states)
+    found = proposer.propose(requests, [3, 0, 9])
+    for row, draft, length in ((3, found[0], 3), (15, found[2], 3)):
+        expected = []
+        for head in range(length):
+            x = states[row]
+            for layer in range(2):
+                weight, bias = (stored[f"{head}.{layer}.linear.{part}"] for part in ("weight", "bias"))
+                x = x + F.silu(weight @ x + bias)
+            expected.append(int((stored[f"{head}.2.weight"] @ x).argmax()))
+        assert draft.tokens == tuple(expected)
+        assert draft.chances is None
+    assert found[1].tokens == ()
+    requests[0].num_computed += 3  # a state that nobody saw
+    proposer.forget("2")
+    assert [draft.tokens for draft in proposer.propose(requests, [2, 0, 2])] == [(), (), ()]
+
+
+class Plain:
+    """The same EAGLE head in transformers' own layer, over whole sequences."""
+
+    def __init__(self, folder: Path, loaded: LoadedModel) -> None:
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+        stored = load_file(folder / "model.safetensors")
+        config = LlamaConfig.from_dict({**EAGLE, "attn_implementation": "eager"})
+        config._attn_implementation = "eager"
+        self.layer = LlamaDecoderLayer(config, 0).eval()
+        inner = {name.removeprefix("layers.0."): one for name, one in stored.items() if name.startswith("layers.0.")}
+        self.layer.load_state_dict(inner | {"input_layernorm.weight": torch.ones(SIZE)})
+        self.layer.input_layernorm = torch.nn.Identity()
+        self.turn, self.fc = LlamaRotaryEmbedding(config), stored["fc.weight"]
+        self.embed, self.head = loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
+
+    @torch.no_grad()
+    def drafts(self, tokens: list[int], states: Tensor, count: int, first: int = 0) -> tuple[int, ...]:
+        """`count` tokens behind `tokens`, whose states (len - 1 - first, H) are known from position `first` on."""
+        known = list(tokens)
+        for _ in range(count):
+            places = torch.arange(first, first + len(states))[None]
+            x = F.linear(torch.cat((self.embed(torch.tensor(known[first + 1 :])), states), -1), self.fc)[None]
+            mask = torch.full((len(states), len(states)), -torch.inf).triu(1)[None, None]
+            angles_of = self.turn(x, places)
+            out = self.layer(x, attention_mask=mask, position_embeddings=angles_of, position_ids=places)
+            guess = (out[0] if isinstance(out, tuple) else out)[0, -1:] if out[0].dim() == 3 else out[:, -1]
+            states = torch.cat((states, guess))
+            known.append(int(self.head(guess).argmax()))
+        return tuple(known[len(tokens) :])
+
+
+def test_an_eagle_drafts_as_the_layer_says_whatever_was_rejected(
+    base: Checkpoint, loaded: LoadedModel, eagle: Write
+) -> None:
+    folder, generator = eagle(), torch.Generator().manual_seed(4)
+    plain = Plain(folder, loaded)
+    proposer = Eagle(Heads.open(folder, base), loaded, num_blocks=24, block_size=4, budget=64, positions=64)
+    tokens = torch.randint(0, VOCABULARY, (2, 20), generator=generator).tolist()
+    states = torch.randn(2, 20, SIZE, generator=generator)
+    requests = requests_of(torch.tensor(tokens)[:, :9])
+    proposer.see(step(requests, [0, 0]), states[:, :8].flatten(0, 1))
+    for drafts, grown in ((2, 1), (4, 3), (3, 2)):
+        found = proposer.propose(requests, [4, 3])
+        for index, (request, draft) in enumerate(zip(requests, found, strict=True)):
+            seen = states[index, : request.num_computed]
+            assert draft.tokens == plain.drafts(request.token_ids, seen, 4 - index)
+        assert [draft.tokens for draft in proposer.propose(requests, [4, 3])] == [draft.tokens for draft in found]
+        starts = [one.num_computed for one in requests]
+        for one, own in zip(requests, tokens, strict=True):
+            one.token_ids += own[one.num_tokens : one.num_tokens + grown]
+            one.num_computed += grown
+        # As many states as known tokens, then those of drafts that did not stand.
+        rows = [torch.cat((states[i, at : at + grown], torch.randn(drafts, SIZE))) for i, at in enumerate(starts)]
+        proposer.see(step(requests, starts, drafts), torch.cat(rows))
+    proposer.forget("0")
+    proposer.forget("1")
+    proposer._pool.check_integrity([])
+
+
+def test_an_eagle_works_with_what_it_saw(base: Checkpoint, loaded: LoadedModel, eagle: Write) -> None:
+    folder, generator = eagle(), torch.Generator().manual_seed(5)
+    plain = Plain(folder, loaded)
+    proposer = Eagle(Heads.open(folder, base), loaded, num_blocks=5, block_size=4, budget=6, positions=64)
+    requests = requests_of(torch.randint(0, VOCABULARY, (2, 12), generator=generator))
+    states = torch.randn(2, 11, SIZE, generator=generator)
+    assert proposer.propose(requests, [2, 2])[0].tokens == ()
+    proposer.see(step(requests[:1], [7]), states[0, 7:])  # what comes before was found in a cache
+    proposer.see(step(requests[1:], [0]), states[1])
+    first, second = proposer.propose(requests, [2, 2])
+    assert first.tokens == plain.drafts(requests[0].token_ids, states[0, 7:], 2, first=7)
+    assert second.tokens == ()  # its past is longer than what runs at once, and is caught up with by and by
+    while not second.tokens:
+        first, second = proposer.propose(requests, [0, 2])
+    assert second.tokens == plain.drafts(requests[1].token_ids, states[1], 2)
+    assert proposer.propose(requests, [0, 10])[1].tokens == ()  # no room for that many
+
+
+@pytest.fixture(scope="module")
+def texts() -> Tensor:
+    """(12, 32): words that come in one order, so that a model's states tell what comes next."""
+    generator = torch.Generator().manual_seed(6)
+    starts = torch.randint(0, 10, (12, 1), generator=generator)
+    return 100 + (starts + torch.arange(32)) % 10
+
+
+def test_what_an_eagle_learns_is_what_it_drafts(
+    base: Checkpoint, loaded: LoadedModel, texts: Tensor, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config, embed = eagle_config(base, "float32"), loaded.model.get_input_embeddings()
+    output = train.output_matrix(loaded)
+    pupil = EaglePupil(config, embed, output, angles(config, 64, torch.float32, loaded.device), steps=3)
+    write_heads(tmp_path / "made", EAGLE_FILE, config, pupil.tensors())
+    proposer = Eagle(Heads.open(tmp_path / "made", base), loaded, 8, 16, 64, 64)
+    states = torch.randn(1, 32, SIZE)
+    for known in (2, 3, 11, 28):
+        request = requests_of(texts[:1, :known])[0]
+        proposer.see(step([request], [0]), states[0, : known - 1])
+        draft = proposer.propose([request], [3])[0].tokens
+        proposer.forget("0")
+        # It learns along a text: along this one, what it learns is the very chain that it drafted.
+        text = torch.cat((texts[:1, :known], torch.tensor([draft]), texts[:1, known + 3 :]), dim=1)
+        with torch.no_grad():
+            guesses = [F.linear(guess, output).argmax(-1)[0] for guess in pupil.unroll(text, states)]
+        assert tuple(int(guess[known - 2 + place]) for place, guess in enumerate(guesses)) == draft
+
+
+def quiet(_: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    return nullcontext(lambda done, total: None)
+
+
+def teach(base: Checkpoint, texts: Tensor, folder: Path, **wanted: Any) -> Outcome:
+    return train_heads(base, Lesson(**({"count": 2} | wanted)), texts, texts[:2], folder, quiet)
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_heads_learn_and_a_seed_decides_what(kind: str, base: Checkpoint, texts: Tensor, tmp_path: Path) -> None:
+    outcomes = [teach(base, texts, tmp_path / name, kind=kind, seed=1) for name in ("one", "two")]
+    made = [Heads.open(tmp_path / name, base, kind) for name in ("one", "two")]
+    one, two = (heads.tensors(torch.float32, torch.device("cpu")) for heads in made)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert outcomes[0].score == outcomes[1].score
+    assert outcomes[0].steps == outcomes[0].planned
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_learning_makes_drafts_better(kind: str, base: Checkpoint, loaded: LoadedModel, texts: Tensor) -> None:
+    torch.manual_seed(0)
+    pupil = pupil_for(base, loaded, Lesson(kind, 2))[0]
+    states = train.hidden_states(loaded, texts, lambda done, total: None)
+    before = train.score(pupil, texts, states, 8)
+    learnt = train.learn(pupil, texts, states, train.Course(20, 4, 5e-3), lambda done, total: None)
+    after = train.score(pupil, texts, states, 8)
+    assert learnt.steps == 60
+    assert after.accuracy[0] > before.accuracy[0] + 0.2
+    assert after.tokens_per_step[1] > before.tokens_per_step[1]
+
+
+def test_an_interrupted_lesson_keeps_what_was_learnt(base: Checkpoint, texts: Tensor, tmp_path: Path) -> None:
+    def progress(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        def report(done: int, total: int) -> None:
+            if label.startswith("teaching") and done == 2:
+                raise KeyboardInterrupt
+
+        return nullcontext(report)
+
+    with pytest.raises(InterruptedWorkError, match="after 2 of 6 steps; what was learnt is in"):
+        train_heads(base, Lesson("medusa", 2, rewritten=False), texts, texts[:2], tmp_path / "kept", progress)
+    assert Heads.open(tmp_path / "kept", base).kind == "medusa"
+
+
+def test_where_heads_go(base: Checkpoint, tmp_path: Path) -> None:
+    assert folder_for(base, "eagle", None, False) == base.path.parent / f"{base.name}-eagle"
+    assert folder_for(Checkpoint.open("demo"), "medusa", None, False) == Path("demo-medusa")
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UsageError, match="exists already"):
+        folder_for(base, "eagle", tmp_path, False)
+    assert folder_for(base, "eagle", tmp_path, True) == tmp_path
