@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from llmopt_cli import __version__
-from llmopt_cli.commands import bench, convert, demo, env, estimate, generate, gpus, models, quantize, replay, serve
+from llmopt_cli.commands import (
+    bench,
+    convert,
+    demo,
+    env,
+    estimate,
+    generate,
+    gpus,
+    models,
+    quantize,
+    replay,
+    serve,
+    train_heads,
+)
 from llmopt_cli.commands import eval as evaluation
 from llmopt_cli.output import error_boundary
 
@@ -19,9 +32,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (estimate, quantize, convert, evaluation, bench, serve, generate, models, gpus, env, replay, demo):
+COMMANDS = (
+    estimate,
+    quantize,
+    convert,
+    evaluation,
+    bench,
+    serve,
+    generate,
+    train_heads,
+    models,
+    gpus,
+    env,
+    replay,
+    demo,
+)
+for command in COMMANDS:
     name = command.__name__.rpartition(".")[2]
-    app.command(name)(getattr(command, name))
+    app.command(name.replace("_", "-"))(getattr(command, name))
 
 
 def _version(wanted: bool) -> None:

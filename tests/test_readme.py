@@ -63,11 +63,13 @@ def test_files_that_are_named_exist() -> None:
 def test_flags_and_commands_exist() -> None:
     commands = set(
         re.findall(
-            r"llmopt (estimate|quantize|convert|eval|bench|serve|generate|replay|models|gpus|env|demo)\b", README
+            r"llmopt (estimate|quantize|convert|eval|bench|serve|generate|replay|train-heads|models|gpus|env|demo)\b",
+            README,
         )
     )
     assert commands == {
         *("estimate", "quantize", "convert", "eval", "bench", "serve", "generate", "replay"),
+        "train-heads",
         *("models", "gpus", "env", "demo"),
     }
     known = "".join([llmopt("--help"), *(llmopt(command, "--help") for command in commands)])

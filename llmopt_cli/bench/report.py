@@ -45,12 +45,13 @@ FIGURES = (  # (metric, how the index shows it), in this order
     (
         "streamed",
         "perplexity {streamed[first]:.1f} in the first {streamed[stretch]:,} of {streamed[tokens]:,} streamed tokens, "
-        "{streamed[last]:.1f} in the last; at most {streamed[blocks]} blocks",
+        "{streamed[last]:.1f} in the last, {streamed[to_alone]:.3f} times that of each stretch alone; at most "
+        "{streamed[blocks]} blocks",
     ),
     (
         "selected",
         "with {selected[kept]} of {selected[prompt]:,} slots KL to the full cache {selected[kl][snapkv]:.3f} SnapKV, "
-        "{selected[kl][pyramidkv]:.3f} PyramidKV, {selected[kl][last]:.3f} the last ones; rare strings recalled "
+        "{selected[kl][pyramidkv]:.3f} PyramidKV, {selected[kl][last]:.3f} the last ones; found again "
         "{selected[recall][full]:.0%} full, {selected[recall][snapkv]:.0%}, {selected[recall][pyramidkv]:.0%}, "
         "{selected[recall][last]:.0%}",
     ),

@@ -6,6 +6,7 @@ only if it gives the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from llmopt_cli.model.fused import FusedLayer, FusedRMSNorm, Together
 
+See = Callable[[Tensor], None]
 TOKENS = 5  # of the run that shows whether both ways give the same numbers
 
 
@@ -41,8 +43,11 @@ class Decoder:
         found = cls(parts["embed_tokens"], parts["rotary_emb"], layers, Together(layers), parts["norm"], head)
         return found if found._equals(model) else None
 
-    def __call__(self, ids: Tensor, positions: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Logits (1, N, V) of the `rows` (N,) of the packed tokens `ids` (1, T), or of all, at `positions` (1, T)."""
+    def __call__(self, ids: Tensor, positions: Tensor, rows: Tensor | None = None, see: See | None = None) -> Tensor:
+        """Logits (1, N, V) of the `rows` (N,) of the packed tokens `ids` (1, T), or of all, at `positions` (1, T).
+
+        `see` is shown what the head reads, (T, H).
+        """
         x = self.embed(ids)
         angles = self.angles(x, position_ids=positions)
         done = self.together.run(x, angles)
@@ -52,6 +57,8 @@ class Decoder:
         else:
             x = done
         x = self.norm(x)
+        if see is not None:
+            see(x[0])
         logits: Tensor = self.head(x if rows is None else x[:, rows])
         return logits
 

@@ -7,7 +7,8 @@ experts). What the tree means to the runtime is the business of `fuse` and `atte
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from llmopt_cli.errors import CheckpointError, ModelError, UnknownNameError, Usa
 from llmopt_cli.model import attention
 from llmopt_cli.model.attention import AttentionContext, Reach
 from llmopt_cli.model.codes import kind_of
-from llmopt_cli.model.decoder import Decoder
+from llmopt_cli.model.decoder import Decoder, See
 from llmopt_cli.model.embedding import swap_embedding, tie
 from llmopt_cli.model.fuse import fuse, named_slots
 from llmopt_cli.model.linear import quantized_twin
@@ -44,21 +45,35 @@ class LoadedModel:
     device: torch.device
     decoder: Decoder | None = None
 
-    def logits(self, ids: Tensor, positions: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Those (N, V) of the `rows` (N,) of packed tokens `ids` (T,) at `positions` (T,), or of all tokens."""
+    def logits(self, ids: Tensor, positions: Tensor, rows: Tensor | None = None, see: See | None = None) -> Tensor:
+        """Those (N, V) of the `rows` (N,) of packed tokens `ids` (T,) at `positions` (T,), or of all tokens.
+
+        `see` is shown the hidden states (T, H) that the output head reads.
+        """
         ids, positions = ids[None], positions[None]
         if self.decoder is not None:
-            found = self.decoder(ids, positions, rows)
-        else:
-            keep = 0 if rows is None else rows  # 0 is its word for all
-            found = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
-        return found[0]
+            return self.decoder(ids, positions, rows, see)[0]
+        keep = 0 if rows is None else rows  # 0 is its word for all
+        with nullcontext() if see is None else _watched(self.model.base_model, see):
+            found = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
+        logits: Tensor = found.logits[0]
+        return logits
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights in memory, shared ones counted once."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return sum(size for size in {t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+@contextmanager
+def _watched(inner: Any, see: See) -> Iterator[None]:
+    """Show what the inner model puts out, (1, T, H), as (T, H)."""
+    hook = inner.register_forward_hook(lambda _, args, output: see(output[0][0]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def load_model(

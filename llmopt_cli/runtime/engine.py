@@ -32,7 +32,7 @@ from llmopt_cli.runtime.probe import free_memory, total_memory
 from llmopt_cli.runtime.request import Request, RequestOutput, SamplingParams
 from llmopt_cli.runtime.runner import ModelRunner
 from llmopt_cli.runtime.scheduler import SchedulerState, schedule
-from llmopt_cli.runtime.speculative.build import load_drafter, make_proposer, refuse_unfit
+from llmopt_cli.runtime.speculative.build import make_proposer, open_drafter, refuse_unfit
 from llmopt_cli.runtime.speculative.speculator import Speculator
 from llmopt_cli.runtime.stats import EngineStats
 from llmopt_cli.runtime.tokenizer import Tokenizer
@@ -66,19 +66,20 @@ class Engine:
         self._layers = paged_layers(loaded.model)
         check_layers(self._layers, needs, self.kv_dtype)
         scales = read_scales(checkpoint, self.kv_dtype)
-        drafter = None if speculation is None else load_drafter(speculation, loaded, self.batching)
+        drafter = None if speculation is None else open_drafter(speculation, checkpoint, loaded, self.batching)
         share = needs.block_bytes / (needs.block_bytes + (drafter.block_bytes if drafter else 0))
         self.memory = share_out(needs, int(share * free_memory(loaded.device)), total_memory(loaded.device))
         self.cache_size = self.memory.cache
         whole = hang_cache(self._layers, self.cache_size, self.kv_dtype, loaded.device, scales)
         self._loras.hang()
         self._compressor = Compressor(loaded, self._layers, checkpoint, whole, self.batching)
+        self._runner = ModelRunner(loaded, batching.block_size, self._loras, self._compressor, batching.deterministic)
         self._speculator: Speculator | None = None
         if speculation is not None:
-            proposer = make_proposer(speculation, drafter, self.cache_size, self.batching)
+            proposer = make_proposer(speculation, drafter, loaded, self.cache_size, self.batching)
             self._speculator = Speculator(proposer, speculation.num_speculative_tokens, speculation.adaptive)
+            self._runner.see = self._speculator.see
         self._loaded = loaded
-        self._runner = ModelRunner(loaded, batching.block_size, self._loras, self._compressor, batching.deterministic)
         share = batching.enable_prefix_caching
         self._state = SchedulerState(self.batching, BlockPool(self.cache_size.num_blocks), share_prefixes=share)
         self._seed = os.urandom(16)  # so that nobody can make up prompts whose hashes meet

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,8 +22,11 @@ class ModelRunner:
     """Drives a loaded model whose layers hold their cache. Knows nothing of sampling or text.
 
     `deterministic`: the logits of a request do not depend on what else runs; ModelError if the model has no such way.
-    The `compressor` is asked about steps with requests that have a KV policy.
+    The `compressor` is asked about steps with requests that have a KV policy. `see` is shown the hidden states (T, H)
+    of every step's tokens, chunk after chunk.
     """
+
+    see: Callable[[Sequence[Chunk], Tensor], None] | None = None
 
     def __init__(
         self,
@@ -74,7 +78,8 @@ class ModelRunner:
         try:
             with self._mode, watched:
                 keep = None if len(wanted) == len(tokens) else indices(wanted, device)
-                logits = self._loaded.logits(indices(tokens, device), batch.positions, keep)
+                see = None if self.see is None else partial(self.see, chunks)
+                logits = self._loaded.logits(indices(tokens, device), batch.positions, keep, see)
         finally:
             context.batch = None
             self._loras.choose({}, 0, device)

@@ -14,6 +14,7 @@ from llmopt_cli.bench import host_overhead
 from llmopt_cli.bench.batch_baseline import GenerateBatchTarget
 from llmopt_cli.bench.batching import batching
 from llmopt_cli.bench.environment import fingerprint
+from llmopt_cli.bench.kv_policies import kv_policies
 from llmopt_cli.bench.kv_waste import kv_waste
 from llmopt_cli.bench.prefix_hits import ideal, prefix_hits
 from llmopt_cli.bench.report import index
@@ -43,6 +44,17 @@ def test_waste_is_the_empty_part_of_the_blocks_that_are_held(tmp_path: Path) -> 
     assert 1 - 111 / 112 < result.metrics["waste"] < 1 - 100 / 112
     assert result.metrics["contiguous_waste"] == pytest.approx(1 - 105.5 / 4096, abs=0.01)
     assert "of the held slots are empty in pages of 16" in index(tmp_path)
+
+
+def test_policies_beat_the_last_tokens_and_stream_in_constant_memory(tmp_path: Path) -> None:
+    kv_policies(tmp_path, "demo", tokens=2048, texts=1, share=0.25)
+    (result,) = read_results(tmp_path / "kv_policies.jsonl")
+    streamed, selected = result.metrics["streamed"], result.metrics["selected"]
+    assert 0.9 < streamed["to_alone"] < 1.2
+    assert len(set(streamed["blocks_by_sixteenth"])) == 1
+    assert selected["recall"] == {"full": 1, "snapkv": 1, "pyramidkv": 1, "last": 0}
+    assert 0 == selected["kl"]["full"] < selected["kl"]["snapkv"] < selected["kl"]["last"]
+    assert "at most 81 blocks" in index(tmp_path)
 
 
 def test_hits_are_the_blocks_that_earlier_prompts_brought(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from llmopt_cli.runtime.scheduler import Chunk
 from llmopt_cli.runtime.speculative import train
 from llmopt_cli.runtime.speculative.eagle import Eagle, angles
 from llmopt_cli.runtime.speculative.heads import EAGLE_FILE, Heads, write_heads
+from llmopt_cli.runtime.speculative.heads_output import commonest, output_matrix
 from llmopt_cli.runtime.speculative.medusa import Medusa
 from llmopt_cli.runtime.speculative.train_eagle import EaglePupil
 from llmopt_cli.runtime.speculative.train_job import Lesson, Outcome, eagle_config, folder_for, pupil_for, train_heads
@@ -280,11 +281,13 @@ def test_what_an_eagle_learns_is_what_it_drafts(
 ) -> None:
     torch.manual_seed(0)
     config, embed = eagle_config(base, "float32"), loaded.model.get_input_embeddings()
-    output = train.output_matrix(loaded)
-    pupil = EaglePupil(config, embed, output, angles(config, 64, torch.float32, loaded.device), steps=3)
+    output = output_matrix(loaded)
+    tokens = commonest(texts, VOCABULARY)
+    pupil = EaglePupil(config, embed, output, tokens, angles(config, 64, torch.float32, loaded.device), steps=3)
     write_heads(tmp_path / "made", EAGLE_FILE, config, pupil.tensors())
     proposer = Eagle(Heads.open(tmp_path / "made", base), loaded, 8, 16, 64, 64)
     states = torch.randn(1, 32, SIZE)
+    rows = output[tokens]
     for known in (2, 3, 11, 28):
         request = requests_of(texts[:1, :known])[0]
         proposer.see(step([request], [0]), states[0, : known - 1])
@@ -293,7 +296,7 @@ def test_what_an_eagle_learns_is_what_it_drafts(
         # It learns along a text: along this one, what it learns is the very chain that it drafted.
         text = torch.cat((texts[:1, :known], torch.tensor([draft]), texts[:1, known + 3 :]), dim=1)
         with torch.no_grad():
-            guesses = [F.linear(guess, output).argmax(-1)[0] for guess in pupil.unroll(text, states)]
+            guesses = [tokens[F.linear(guess, rows).argmax(-1)[0]] for guess in pupil.unroll(text, states)]
         assert tuple(int(guess[known - 2 + place]) for place, guess in enumerate(guesses)) == draft
 
 
@@ -307,7 +310,7 @@ def teach(base: Checkpoint, texts: Tensor, folder: Path, **wanted: Any) -> Outco
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_heads_learn_and_a_seed_decides_what(kind: str, base: Checkpoint, texts: Tensor, tmp_path: Path) -> None:
-    outcomes = [teach(base, texts, tmp_path / name, kind=kind, seed=1) for name in ("one", "two")]
+    outcomes = [teach(base, texts[:6], tmp_path / name, kind=kind, seed=1) for name in ("one", "two")]
     made = [Heads.open(tmp_path / name, base, kind) for name in ("one", "two")]
     one, two = (heads.tensors(torch.float32, torch.device("cpu")) for heads in made)
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -318,7 +321,7 @@ def test_heads_learn_and_a_seed_decides_what(kind: str, base: Checkpoint, texts:
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_learning_makes_drafts_better(kind: str, base: Checkpoint, loaded: LoadedModel, texts: Tensor) -> None:
     torch.manual_seed(0)
-    pupil = pupil_for(base, loaded, Lesson(kind, 2))[0]
+    pupil = pupil_for(base, loaded, torch.arange(VOCABULARY), Lesson(kind, 2))[0]
     states = train.hidden_states(loaded, texts, lambda done, total: None)
     before = train.score(pupil, texts, states, 8)
     learnt = train.learn(pupil, texts, states, train.Course(20, 4, 5e-3), lambda done, total: None)
@@ -336,7 +339,7 @@ def test_an_interrupted_lesson_keeps_what_was_learnt(base: Checkpoint, texts: Te
 
         return nullcontext(report)
 
-    with pytest.raises(InterruptedWorkError, match="after 2 of 6 steps; what was learnt is in"):
+    with pytest.raises(InterruptedWorkError, match="after 2 of 24 steps; what was learnt is in"):
         train_heads(base, Lesson("medusa", 2, rewritten=False), texts, texts[:2], tmp_path / "kept", progress)
     assert Heads.open(tmp_path / "kept", base).kind == "medusa"
 

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from random import Random
 from typing import Any, ClassVar
 
 import pytest
@@ -58,6 +59,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.memory: dict[int, tuple[int, ...]] = {}
         self.names = (f"r{i}" for i in itertools.count())
         self.idle_steps = 0
+        self.drafts = 0  # tokens that are drafted for each request that decodes, at most
+        self.random = Random(0)
 
     @initialize(
         seqs=st.sampled_from([4, 3, 2, 1]),
@@ -67,10 +70,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(POLICIES),
         mode=st.sampled_from([*MODES[:1] * 4, *MODES]),
         threshold=st.sampled_from([0, 0, 3]),
+        drafts=st.sampled_from([0, 5, 2]),
     )
     def limit(
-        self, seqs: int, spare: int, blocks: int, expected: float, policy: str, mode: str, threshold: int
+        self, seqs: int, spare: int, blocks: int, expected: float, policy: str, mode: str, threshold: int, drafts: int
     ) -> None:
+        self.drafts = drafts
         self.state = new_state(seqs, seqs + spare, blocks, self.share)
         self.state.limits = replace(
             self.state.limits, scheduling_policy=policy, batching_mode=mode, long_prefill_token_threshold=threshold
@@ -118,6 +123,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self) -> None:
         before = {r.request_id for r in self.state.running}
         self.state.now += 1
+        self._draft()
         plan = schedule(self.state)
         live = {r.request_id: r for r in (*self.state.running, *self.state.waiting)}
         for name in plan.expired:
@@ -139,7 +145,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._read(one)
         for chunk in plan.chunks:
             if chunk.samples:
-                self._sample(live[chunk.request_id])
+                self._sample(live[chunk.request_id], chunk.drafts)
         self.idle_steps = 0 if plan.chunks or not self.goal else self.idle_steps + 1
         assert self.idle_steps < 2, "there is work and nothing runs"
         self.state.check_integrity()
@@ -157,18 +163,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         for position in range(start, start + length):
             block = one.blocks[position // SIZE]
             assert holders.count(block) == 1, "a block with several holders is written"
-            self.memory[block * SIZE + position % SIZE] = tuple(one.token_ids[: position + 1])
+            self.memory[block * SIZE + position % SIZE] = (*one.token_ids, *one.drafts)[: position + 1]
 
     def _read(self, one: Request) -> None:
         """Attention reads every computed position: each must hold this request's own beginning."""
         for position in range(one.num_computed):
             slot = one.blocks[position // SIZE] * SIZE + position % SIZE
-            assert self.memory[slot] == tuple(one.token_ids[: position + 1]), "the cache holds another's tokens"
+            known = (*one.token_ids, *one.drafts)[: position + 1]
+            assert self.memory[slot] == known, "the cache holds another's tokens"
 
-    def _sample(self, one: Request) -> None:
-        assert one.num_computed == one.num_tokens
-        assert one.num_tokens < self.goal[one.request_id], "a request goes on after its end"
-        one.token_ids.append(one.num_tokens)
+    def _draft(self) -> None:
+        """Some of what is drafted is right: a token's own position."""
+        for one in self.state.running:
+            one.drafts = ()
+            room = self.goal[one.request_id] - one.num_tokens - 1
+            if one.num_tokens > one.num_prompt and one.num_wanted == 1 and room > 0 and one.params.kv_policy is None:
+                places = range(one.num_tokens, one.num_tokens + min(room, self.random.randint(0, self.drafts)))
+                one.drafts = tuple(place if self.random.random() < 0.7 else -1 for place in places)
+
+    def _sample(self, one: Request, drafts: int) -> None:
+        assert one.num_computed == one.num_tokens + drafts
+        assert len(one.drafts) == drafts, "what is drafted runs, or is forgotten"
+        for drafted in (*one.drafts, None):
+            assert one.num_tokens < self.goal[one.request_id], "a request goes on after its end"
+            one.token_ids.append(one.num_tokens)
+            if one.token_ids[-1] != drafted:
+                break
+        one.rewind()
+        self.computed[one.request_id] = one.num_computed
+        self.steps["drafted"] += drafts
         if one.num_tokens >= self.goal[one.request_id]:
             self._drop(one, self.state.finish)
 
@@ -283,7 +306,7 @@ class KeepingMachine(SharingMachine):
 
 
 FUZZ = settings(max_examples=60, stateful_step_count=30, deadline=None)
-ENOUGH = {"steps": 2500, "preempted": 20, "expired": 10}  # of each machine
+ENOUGH = {"drafted": 200, "steps": 2500, "preempted": 20, "expired": 10}  # of each machine
 
 
 @pytest.mark.parametrize("machine", [SchedulerMachine, SharingMachine, CollidingMachine, KeepingMachine])

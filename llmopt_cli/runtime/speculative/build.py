@@ -9,7 +9,10 @@ from llmopt_cli.model.load import LoadedModel, context_limit, load_model
 from llmopt_cli.runtime.budget import CacheSize
 from llmopt_cli.runtime.kv_cache import needs_of
 from llmopt_cli.runtime.speculative.draft_model import DraftModel
+from llmopt_cli.runtime.speculative.eagle import Eagle
+from llmopt_cli.runtime.speculative.heads import KINDS, Heads
 from llmopt_cli.runtime.speculative.lookup import NGram, Suffix
+from llmopt_cli.runtime.speculative.medusa import Medusa
 from llmopt_cli.runtime.speculative.proposer import Proposer
 from llmopt_cli.runtime.tokenizer import Tokenizer
 from llmopt_cli.spec.checkpoint import Checkpoint
@@ -18,15 +21,21 @@ from llmopt_cli.spec.recipe import Batching, Speculation
 
 @dataclass(frozen=True)
 class Drafter:
-    """A draft model that was found fit, and then loaded: its `block_bytes` of cache for a block of the target's."""
+    """What drafts, found fit and opened: a small model, which is `loaded`, or `heads` of the target.
 
-    checkpoint: Checkpoint
-    loaded: LoadedModel
+    It takes `block_bytes` of cache for a block of the target's.
+    """
+
     block_bytes: int
+    context: int = 0
+    loaded: LoadedModel | None = None
+    heads: Heads | None = None
 
 
 def refuse_unfit(asked: Speculation, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     """Raise ModelError if what is to draft has other tokens than `checkpoint`, UsageError if it is the same model."""
+    if asked.method in KINDS:
+        Heads.open(asked.model, checkpoint, asked.method)
     if asked.method != "draft_model":
         return
     draft = Checkpoint.open(asked.model)
@@ -41,22 +50,33 @@ def refuse_unfit(asked: Speculation, checkpoint: Checkpoint, tokenizer: Tokenize
         raise UsageError("a model that drafts for itself only takes time", "name a smaller one with --spec-model")
 
 
-def load_drafter(asked: Speculation, target: LoadedModel, batching: Batching) -> Drafter | None:
-    """The draft model, if one is asked for, in the target's dtype."""
+def open_drafter(
+    asked: Speculation, checkpoint: Checkpoint, target: LoadedModel, batching: Batching
+) -> Drafter | None:
+    """What is to draft for the model of `checkpoint`, in its dtype; None if a text is only looked up."""
+    if asked.method in KINDS:
+        heads = Heads.open(asked.model, checkpoint, asked.method)
+        token = 2 * checkpoint.spec.num_kv_heads * checkpoint.spec.head_dim * target.dtype.itemsize
+        return Drafter(batching.block_size * token if asked.method == "eagle" else 0, heads=heads)
     if asked.method != "draft_model":
         return None
-    checkpoint = Checkpoint.open(asked.model)
-    loaded = load_model(checkpoint, str(target.dtype).removeprefix("torch."), str(target.device))
-    return Drafter(checkpoint, loaded, needs_of(checkpoint, batching, target.dtype, target.dtype).block_bytes)
+    draft = Checkpoint.open(asked.model)
+    loaded = load_model(draft, str(target.dtype).removeprefix("torch."), str(target.device))
+    block_bytes = needs_of(draft, batching, target.dtype, target.dtype).block_bytes
+    return Drafter(block_bytes, context_limit(draft), loaded)
 
 
-def make_proposer(asked: Speculation, drafter: Drafter | None, cache: CacheSize, batching: Batching) -> Proposer:
-    """The proposer; a draft model has a cache for as many tokens as the target."""
-    if drafter is not None:
+def make_proposer(
+    asked: Speculation, drafter: Drafter | None, target: LoadedModel, cache: CacheSize, batching: Batching
+) -> Proposer:
+    """The proposer; whoever needs a cache has one for as many tokens as the target."""
+    budget = batching.max_num_batched_tokens
+    if drafter is not None and drafter.loaded is not None:
         size = CacheSize(cache.num_blocks, cache.block_size, drafter.block_bytes)
-        return DraftModel(drafter.loaded, size, batching.max_num_batched_tokens, context_limit(drafter.checkpoint))
-    if asked.method == "ngram":
-        return NGram(asked.prompt_lookup_min, asked.prompt_lookup_max)
-    if asked.method == "suffix":
-        return Suffix()
-    raise UsageError(f"speculation by {asked.method} is not built in", "take draft_model, ngram or suffix")
+        return DraftModel(drafter.loaded, size, budget, drafter.context)
+    if drafter is not None and drafter.heads is not None:
+        if asked.method == "medusa":
+            return Medusa(drafter.heads, target)
+        longest = batching.max_model_len or 0
+        return Eagle(drafter.heads, target, cache.num_blocks, cache.block_size, budget, longest)
+    return NGram(asked.prompt_lookup_min, asked.prompt_lookup_max) if asked.method == "ngram" else Suffix()

@@ -17,7 +17,8 @@ from llmopt_cli.model.load import LoadedModel
 from llmopt_cli.runtime.blocks import BlockPool
 from llmopt_cli.runtime.request import Request
 from llmopt_cli.runtime.scheduler import Chunk
-from llmopt_cli.runtime.speculative.heads import LAYER, Heads
+from llmopt_cli.runtime.speculative.heads import LAYER, MAP, Heads
+from llmopt_cli.runtime.speculative.heads_output import output_matrix
 from llmopt_cli.runtime.speculative.proposer import Draft
 from llmopt_cli.spec.model import ModelSpec
 from llmopt_kernels import (
@@ -58,6 +59,8 @@ class EagleLayer:
         spec = ModelSpec.from_hf({"model_type": "llama", **config}, heads.checkpoint.name)
         held = heads.tensors(dtype, device)
         self._embed, self._output = loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
+        self._tokens = held.get(MAP)
+        self._rows = None if self._tokens is None else output_matrix(loaded)[self._tokens].to(dtype)
         self._fc, self._fc_bias = held["fc.weight"], held.get("fc.bias")
         attention = f"{LAYER}self_attn."
         self._qkv, self._qkv_bias = (_joined(held, attention, part) for part in ("weight", "bias"))
@@ -84,7 +87,9 @@ class EagleLayer:
 
     def likeliest(self, hidden: Tensor) -> Tensor:
         """Tokens int64 (B,) that the model's output head finds likeliest."""
-        return argmax(self._output(hidden))
+        if self._tokens is None or self._rows is None:
+            return argmax(self._output(hidden))
+        return self._tokens[argmax(linear(hidden, self._rows))]
 
 
 def _joined(held: Mapping[str, Tensor], attention: str, part: str) -> Any:

@@ -23,6 +23,7 @@ from llmopt_cli.spec.model import ModelSpec
 MEDUSA_FILE = "medusa_lm_head.safetensors"
 EAGLE_FILE = "model.safetensors"
 LAYER = "layers.0."
+MAP = "token_map"  # vLLM's: the tokens that are drafted, where they are not all
 UNUSED = ("embed_tokens.weight", "lm_head.weight")  # copies of the base model's: that one's own are used
 Shapes = dict[str, tuple[int, ...]]
 
@@ -54,7 +55,9 @@ class Heads:
     def tensors(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """All of them by name, but for copies of the base model's own."""
         stored = {name: t for file in self.checkpoint.files for name, t in load_file(file, str(device)).items()}
-        return {name: tensor.to(dtype) for name, tensor in stored.items() if name not in UNUSED}
+        return {
+            name: tensor if name == MAP else tensor.to(dtype) for name, tensor in stored.items() if name not in UNUSED
+        }
 
 
 def write_heads(folder: Path, file: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -113,7 +116,7 @@ def _check(checkpoint: Checkpoint, kind: str, base: Checkpoint) -> None:
         if stored[tensor].shape != shape or stored[tensor].dtype not in FLOATS:
             found = f"{stored[tensor].dtype} {list(stored[tensor].shape)}"
             raise CheckpointError(f"`{tensor}` of `{name}` is {found} where config.json makes it {list(shape)}")
-    strange = stored.keys() - shapes.keys() - {*UNUSED, *_optional(kind, shapes)}
+    strange = stored.keys() - shapes.keys() - {*UNUSED, MAP, *_optional(kind, shapes)}
     if strange:
         raise ModelError(f"`{name}` stores `{min(strange)}`, which {kind} heads of this format do not have")
 

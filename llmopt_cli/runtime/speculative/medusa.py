@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from llmopt_cli.model.load import LoadedModel
 from llmopt_cli.runtime.request import Request
 from llmopt_cli.runtime.scheduler import Chunk
-from llmopt_cli.runtime.speculative.heads import Heads
+from llmopt_cli.runtime.speculative.heads import MAP, Heads
 from llmopt_cli.runtime.speculative.proposer import Draft
 from llmopt_kernels import argmax, linear
 
@@ -24,11 +24,14 @@ from llmopt_kernels import argmax, linear
 class MedusaHeads:
     """The weights, by layer and for all heads together; one output matrix where all have the same.
 
-    `blocks` are weights (n, H, H) and biases (n, H) of each layer, `outs` matrices (V, H), one a head or one for all.
+    `blocks` are weights (n, H, H) and biases (n, H) of each layer, `outs` matrices (V, H), one a head or one for all,
+    or with the rows of the `tokens` (K,) alone.
     """
 
-    def __init__(self, blocks: Sequence[tuple[Tensor, Tensor]], outs: Sequence[Tensor]) -> None:
-        self.blocks, self.outs = list(blocks), list(outs)
+    def __init__(
+        self, blocks: Sequence[tuple[Tensor, Tensor]], outs: Sequence[Tensor], tokens: Tensor | None = None
+    ) -> None:
+        self.blocks, self.outs, self.tokens = list(blocks), list(outs), tokens
         self.count = blocks[0][0].shape[0]
 
     @classmethod
@@ -44,14 +47,18 @@ class MedusaHeads:
         ]
         outs = [tensors[f"{head}.{layers}.weight"] for head in heads]
         first = outs[0] if output is None else output
-        return cls(blocks, [first] if all(torch.equal(out, first) for out in outs) else outs)
+        outs = [first] if all(torch.equal(out, first) for out in outs) else outs
+        tokens = tensors.get(MAP)
+        return cls(blocks, outs if tokens is None else [out[tokens] for out in outs], tokens)
 
     def __call__(self, hidden: Tensor, count: int) -> Tensor:
         """The likeliest tokens int64 (B, count) of the first `count` heads, from hidden states (B, H)."""
         x = self._states(hidden, count)
         if len(self.outs) == 1:
-            return argmax(linear(x.flatten(0, 1), self.outs[0])).view(-1, count)
-        return torch.stack([argmax(linear(x[:, head], self.outs[head])) for head in range(count)], dim=1)
+            found = argmax(linear(x.flatten(0, 1), self.outs[0])).view(-1, count)
+        else:
+            found = torch.stack([argmax(linear(x[:, head], self.outs[head])) for head in range(count)], dim=1)
+        return found if self.tokens is None else self.tokens[found]
 
     def _states(self, hidden: Tensor, count: int) -> Tensor:
         """(B, count, H): what each head has made of a hidden state before its output matrix."""

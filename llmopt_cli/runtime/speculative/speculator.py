@@ -6,7 +6,9 @@ Between a proposer, which guesses, and a controller, which decides how far; judg
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
 
 from llmopt_cli.runtime.journal import Journal
 from llmopt_cli.runtime.live import Live
@@ -26,16 +28,19 @@ class Speculator:
         self._times, self._proposals = Times(), Times()
         self._controller = Controller(most, self._times, self._proposals) if adapt else None
         self._known: dict[str, Request] = {}
+        self._live: Mapping[str, Live] = {}
         self._proposing = 0.0
         self._began = 0.0
 
     def draft(self, running: Sequence[Request], live: Mapping[str, Live], journal: Journal | None = None) -> None:
         """Before a step is planned: give those that decode what is to be verified in it. Beams are not `live`."""
         begun = time.perf_counter()
+        self._live = live
         self._forget(live)
         here = [live[one.request_id] for one in running if one.request_id in live]
         for one in here:
             one.request.drafts = ()
+            self._known[one.request.request_id] = one.request
         open_to = [one for one in here if one.most_drafts > 0]
         names = [one.request.request_id for one in open_to]
         wanted = self._controller.lengths(names) if self._controller else [self._most] * len(names)
@@ -52,7 +57,6 @@ class Speculator:
         found = self._proposer.propose([one.request for one in lives], lengths)
         for one, draft, length in zip(lives, found, lengths, strict=True):
             one.request.drafts, one.chances = draft.tokens[:length], draft.chances
-            self._known[one.request.request_id] = one.request
 
     def _forget(self, live: Mapping[str, Live]) -> None:
         """Those that have ended since."""
@@ -62,6 +66,15 @@ class Speculator:
             self._proposer.forget(name)
             if self._controller:
                 self._controller.forget(name)
+
+    @property
+    def see(self) -> Callable[[Sequence[Chunk], Tensor], None] | None:
+        """What is to be shown the hidden states (T, H) of every step, if the proposer drafts from them."""
+        return self._see if hasattr(self._proposer, "see") else None
+
+    def _see(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
+        if all([chunk.request_id in self._live for chunk in chunks]):  # noqa: C419  beams would never be forgotten
+            self._proposer.see(chunks, hidden)  # type: ignore[attr-defined]
 
     def learn(self, chunks: Sequence[Chunk], outputs: Sequence[RequestOutput]) -> None:
         """After a step: what became of the drafts, and how long it took, if all that ran were decoding."""

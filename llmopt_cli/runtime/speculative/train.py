@@ -93,15 +93,6 @@ def hidden_states(loaded: LoadedModel, ids: Tensor, report: Report) -> Tensor:
     return torch.stack(found)
 
 
-@torch.no_grad()
-def output_matrix(loaded: LoadedModel) -> Tensor:
-    """float32 (V, H) of the model's output head, whatever holds it."""
-    head, width = loaded.model.get_output_embeddings(), loaded.model.get_input_embeddings().embedding_dim
-    ones = torch.eye(width, dtype=loaded.dtype, device=loaded.device)
-    columns: Tensor = head(ones) - head(torch.zeros_like(ones[:1]))
-    return columns.T.float().contiguous()
-
-
 def learn(pupil: Pupil, ids: Tensor, hidden: Tensor, course: Course, report: Report) -> Learnt:
     """Teach `pupil` windows `ids` (N, L) with hidden states (N, L, H). Ctrl-C ends it: what was learnt stays."""
     planned = max(1, round(course.passes * len(ids) / course.batch))

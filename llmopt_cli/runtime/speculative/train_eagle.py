@@ -19,7 +19,7 @@ class EaglePupil(nn.Module):
     """One Llama layer, without a norm before its attention, on pairs of an embedding and a hidden state.
 
     `spec` are the shapes as in its config.json; `embed` int64 (...) -> (..., H); `output` the model's output matrix
-    float32 (V, H); `angles` are cos and sin (P, D). It learns to draft `steps` tokens.
+    float32 (V, H), of which it drafts the `tokens` (K,); `angles` are cos and sin (P, D). It learns `steps` in a row.
     """
 
     def __init__(
@@ -27,6 +27,7 @@ class EaglePupil(nn.Module):
         config: dict[str, Any],
         embed: Callable[[Tensor], Tensor],
         output: Tensor,
+        tokens: Tensor,
         angles: tuple[Tensor, Tensor],
         steps: int,
     ) -> None:
@@ -49,7 +50,8 @@ class EaglePupil(nn.Module):
         )
         self.norm = nn.Parameter(output.new_ones(size))
         self.eps, self.count = config["rms_norm_eps"], steps
-        self._embed, self._output, self._angles = embed, output, angles
+        self._embed, self._angles = embed, angles
+        self._output, self._tokens, self._rows = output, tokens, output[tokens]
 
     def unroll(self, ids: Tensor, hidden: Tensor) -> Iterator[Tensor]:
         """Hidden states (B, L - 1, H) that are guessed for tokens 1..L-1, with 1, 2, ... guesses in a row.
@@ -80,10 +82,10 @@ class EaglePupil(nn.Module):
         """Cross entropy against the model's own distribution, and the distance of its hidden state, for each step."""
         target = hidden[:, 1:]
         with torch.no_grad():
-            said = F.linear(target, self._output).softmax(-1)
+            said = F.linear(target, self._rows).softmax(-1)
         total = hidden.new_zeros(())
         for step, guess in enumerate(self.unroll(ids, hidden)):
-            found = F.linear(guess[:, step:], self._output).flatten(0, 1)
+            found = F.linear(guess[:, step:], self._rows).flatten(0, 1)
             far = F.smooth_l1_loss(guess[:, step:], target[:, step:])
             total = total + FADING**step * (F.cross_entropy(found, said[:, step:].flatten(0, 1)) + CLOSENESS * far)
         return total
@@ -93,7 +95,7 @@ class EaglePupil(nn.Module):
         said = F.linear(hidden[:, 1:], self._output).argmax(-1)
         rows = ids.shape[1] - self.count
         found = [
-            (F.linear(guess, self._output).argmax(-1) == said)[:, step : step + rows]
+            (self._tokens[F.linear(guess, self._rows).argmax(-1)] == said)[:, step : step + rows]
             for step, guess in enumerate(self.unroll(ids, hidden))
         ]
         return torch.stack(found, dim=-1)
@@ -101,7 +103,7 @@ class EaglePupil(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """By the names of EAGLE's files."""
         named = {f"{name}.weight": matrix for name, matrix in zip(self._names, self.matrices, strict=True)}
-        return {**named, f"{LAYER}post_attention_layernorm.weight": self.norm}
+        return {**named, "token_map": self._tokens, f"{LAYER}post_attention_layernorm.weight": self.norm}
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def attended(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         scores = torch.where(diagonal, (query * key).sum(-1, keepdim=True), scores)
     scores = (scores * query.shape[-1] ** -0.5).masked_fill(back < 0, -torch.inf)
     weights = scores.softmax(-1)
-    out = weights @ values[0]
+    out: Tensor = weights @ values[0]
     for away, (diagonal, _, value) in enumerate(chain):
         share = (weights * diagonal).sum(-1, keepdim=True)
         out = out + share * (value - values[0].roll(away, 2))

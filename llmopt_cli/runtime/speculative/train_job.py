@@ -21,7 +21,8 @@ from llmopt_cli.runtime.engine import Engine
 from llmopt_cli.runtime.request import SamplingParams
 from llmopt_cli.runtime.speculative.eagle import angles
 from llmopt_cli.runtime.speculative.heads import EAGLE_FILE, KINDS, MEDUSA_FILE, write_heads
-from llmopt_cli.runtime.speculative.train import Course, Pupil, Score, hidden_states, learn, output_matrix, score
+from llmopt_cli.runtime.speculative.heads_output import commonest, output_matrix
+from llmopt_cli.runtime.speculative.train import Course, Pupil, Score, hidden_states, learn, score
 from llmopt_cli.runtime.speculative.train_eagle import EaglePupil
 from llmopt_cli.runtime.speculative.train_medusa import MedusaPupil
 from llmopt_cli.runtime.tokenizer import Tokenizer
@@ -103,13 +104,19 @@ def train_heads(
     with progress("hidden states") as report:
         hidden = hidden_states(loaded, torch.cat((ids, tried)), report)
     torch.manual_seed(lesson.seed)
-    pupil, config, file = pupil_for(checkpoint, loaded, lesson)
+    tokens = commonest(ids, checkpoint.spec.vocab_size).to(loaded.device)
+    pupil, config, file = pupil_for(checkpoint, loaded, tokens, lesson)
     course = Course(PASSES[lesson.kind], BATCH, RATES[lesson.kind], lesson.seconds, lesson.seed)
     with progress(f"teaching {lesson.kind}") as report:
         learnt = learn(pupil, ids, hidden[: len(ids)], course, report)
     if not learnt.steps:
         raise InterruptedWorkError("stopped before anything was learnt")
-    write_heads(folder, file, config, {name: one.to(loaded.dtype) for name, one in pupil.tensors().items()})
+    write_heads(
+        folder,
+        file,
+        config,
+        {name: one.to(loaded.dtype) if one.is_floating_point() else one for name, one in pupil.tensors().items()},
+    )
     if learnt.stopped:
         raise InterruptedWorkError(
             f"stopped after {learnt.steps} of {learnt.planned} steps; what was learnt is in `{folder}`",
@@ -132,16 +139,18 @@ def written(checkpoint: Checkpoint, loaded: LoadedModel, prompts: Tensor, length
     return torch.cat((prompts, torch.tensor([list(output.token_ids) for output in outputs])), dim=1)
 
 
-def pupil_for(checkpoint: Checkpoint, loaded: LoadedModel, lesson: Lesson) -> tuple[Pupil, dict[str, Any], str]:
-    """Who learns, the config.json of what it will be, and the name of its file."""
+def pupil_for(
+    checkpoint: Checkpoint, loaded: LoadedModel, tokens: Tensor, lesson: Lesson
+) -> tuple[Pupil, dict[str, Any], str]:
+    """Who learns to draft `tokens`, the config.json of what it will be, and the name of its file."""
     output = output_matrix(loaded)
     if lesson.kind == "medusa":
         config = medusa_config(checkpoint, lesson.count)
-        return MedusaPupil(output, lesson.count, MEDUSA_LAYERS, own=True), config, MEDUSA_FILE
+        return MedusaPupil(output, tokens, lesson.count, MEDUSA_LAYERS, own=True), config, MEDUSA_FILE
     config = eagle_config(checkpoint, str(loaded.dtype).removeprefix("torch."))
     embed = loaded.model.get_input_embeddings()
     turns = angles(config, checkpoint.spec.max_context, torch.float32, loaded.device)
-    return EaglePupil(config, lambda ids: embed(ids).float(), output, turns, lesson.count), config, EAGLE_FILE
+    return EaglePupil(config, lambda ids: embed(ids).float(), output, tokens, turns, lesson.count), config, EAGLE_FILE
 
 
 def medusa_config(checkpoint: Checkpoint, count: int) -> dict[str, Any]:
@@ -164,7 +173,7 @@ def eagle_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         "model_type": "llama",
         "hidden_act": "silu",
         "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.ffn_size,
+        "intermediate_size": spec.hidden_size,
         "num_hidden_layers": 1,
         "num_attention_heads": spec.num_heads,
         "num_key_value_heads": spec.num_kv_heads,

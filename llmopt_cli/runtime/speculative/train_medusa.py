@@ -12,29 +12,29 @@ FADING = 0.8  # each head counts so much of the one before it
 class MedusaPupil(nn.Module):
     """`count` heads of `layers` residual blocks before the model's output matrix float32 (V, H).
 
-    With `own`, each learns an output matrix, too, beginning with that.
+    They draft the `tokens` (K,) alone. With `own`, each learns an output matrix, too, beginning with that.
     """
 
-    def __init__(self, output: Tensor, count: int, layers: int, own: bool) -> None:
+    def __init__(self, output: Tensor, tokens: Tensor, count: int, layers: int, own: bool) -> None:
         super().__init__()
         size = output.shape[1]
         zeros = output.new_zeros
         self.weights = nn.ParameterList([zeros(count, size, size) for _ in range(layers)])
         self.biases = nn.ParameterList([zeros(count, size) for _ in range(layers)])
-        self.outs = nn.ParameterList([output.clone() for _ in range(count)] if own else [])
-        self.count, self._output = count, output
+        self.count, self._output, self._tokens, self._rows = count, output, tokens, output[tokens]
+        self.outs = nn.ParameterList([self._rows.clone() for _ in range(count)] if own else [])
 
     def logits(self, hidden: Tensor, head: int) -> Tensor:
-        """(..., V) of one head on hidden states (..., H)."""
+        """(..., K) of one head on hidden states (..., H)."""
         x = hidden
         for weight, bias in zip(self.weights, self.biases, strict=True):
             x = x + F.silu(F.linear(x, weight[head], bias[head]))
-        return F.linear(x, self.outs[head] if self.outs else self._output)
+        return F.linear(x, self.outs[head] if self.outs else self._rows)
 
     def loss(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Cross entropy against the model's own distribution at each head's place."""
         with torch.no_grad():
-            said = F.linear(hidden, self._output).softmax(-1)
+            said = F.linear(hidden, self._rows).softmax(-1)
         total = hidden.new_zeros(())
         for head in range(self.count):
             found = self.logits(hidden[:, : -1 - head], head).flatten(0, 1)
@@ -46,7 +46,7 @@ class MedusaPupil(nn.Module):
         rows = hidden.shape[1] - self.count
         said = F.linear(hidden, self._output).argmax(-1)
         found = [
-            self.logits(hidden[:, :rows], head).argmax(-1) == said[:, 1 + head : 1 + head + rows]
+            self._tokens[self.logits(hidden[:, :rows], head).argmax(-1)] == said[:, 1 + head : 1 + head + rows]
             for head in range(self.count)
         ]
         return torch.stack(found, dim=-1)
@@ -59,4 +59,4 @@ class MedusaPupil(nn.Module):
             for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
                 named |= {f"{head}.{layer}.linear.weight": weight[head], f"{head}.{layer}.linear.bias": bias[head]}
             named[f"{head}.{layers}.weight"] = self.outs[head] if self.outs else self._output
-        return named
+        return {**named, "token_map": self._tokens}
