@@ -1,9 +1,9 @@
 """What KV policies cost: `python -m llmopt_cli.bench.kv_policies [--results DIR]` adds a line.
 
-Streaming: the perplexity of one text far longer than the context, stretch by stretch, and the blocks in use. SnapKV and
-PyramidKV at a share of the cache: how far the next tokens are from those of the full cache (KL), and how much of what
-was read long ago is found again, by a model that does nothing else (`induction`). Beside them the full cache, and its
-last part of the same size.
+Streaming: the perplexity of one text far longer than the context, stretch by stretch, beside what each stretch has
+alone, and the blocks in use. SnapKV and PyramidKV at a share of the cache: how far next tokens are from those of the
+full cache (KL), and how much of what was read long ago is found again, by a model that does nothing else (`induction`).
+Beside them the full cache, and its last part of the same size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ from llmopt_cli.bench.induction import BOS, VOCAB, write_induction
 from llmopt_cli.bench.prompts import read_source
 from llmopt_cli.bench.record import RESULTS, ResultsOpt, keep
 from llmopt_cli.output import error_boundary
-from llmopt_cli.runtime import Engine, SamplingParams
+from llmopt_cli.runtime import Engine, RequestOutput, SamplingParams
 from llmopt_cli.runtime.grammar import Constraint
 from llmopt_cli.spec.kv_policy import KvPolicy, Selecting, Streaming
 from llmopt_cli.spec.recipe import Batching
@@ -61,7 +61,7 @@ class Dictated(Constraint):
 def kv_policies(
     results: ResultsOpt = RESULTS,
     model: Annotated[str, typer.Option("--model", help="Whose cache.")] = "demo",
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Of the long text.")] = 32_768,
+    tokens: Annotated[int, typer.Option("--tokens", min=STRETCH, help="Of the long text.")] = 32_768,
     texts: Annotated[int, typer.Option("--texts", min=1, help="Texts, and rare strings.")] = 24,
     share: Annotated[float, typer.Option("--share", help="Of the cache that is kept.")] = 0.25,
 ) -> None:
@@ -108,9 +108,11 @@ def _streaming(engine: Engine, text: Sequence[int]) -> dict[str, Any]:
     while output is None:
         output = next((one for one in engine.step() if one.request_id == name), None)
         used.append(round(engine.stats().kv_cache_usage * engine.cache_size.num_blocks))
-    scores = [one.logprob for one in output.prompt_logprobs or ()]
-    spans = [scores[start : start + STRETCH] for start in range(0, len(scores), STRETCH)]
-    perplexities = [math.exp(-statistics.fmean(span)) for span in spans if len(span) > STRETCH // 2]
+    places = range(0, len(text) - STRETCH + 1, STRETCH)
+    scored = replace(params, kv_policy=None)
+    alone = [_perplexity(engine.generate([text[at : at + STRETCH - 1]], scored)[0]) for at in places]
+    perplexities = [_perplexity(output, at, at + STRETCH - 2) for at in places]
+    del used[-1]  # it had ended, and its blocks were free again
     part = math.ceil(len(used) / 16)
     return {
         "policy": str(STREAMING),
@@ -120,8 +122,16 @@ def _streaming(engine: Engine, text: Sequence[int]) -> dict[str, Any]:
         "first": perplexities[0],
         "last": perplexities[-1],
         "perplexities": perplexities,
+        "perplexities_alone": alone,
+        "to_alone": statistics.geometric_mean(perplexities) / statistics.geometric_mean(alone),
         "blocks_by_sixteenth": [max(used[start : start + part]) for start in range(0, len(used), part)],
     }
+
+
+def _perplexity(output: RequestOutput, start: int = 0, end: int | None = None) -> float:
+    """Of the prompt's tokens behind its first, from `start` to `end`."""
+    scores = [one.logprob for one in output.prompt_logprobs or ()]
+    return math.exp(-statistics.fmean(scores[start:end]))
 
 
 def _behind(engine: Engine, policy: KvPolicy | None, source: Sequence[int], index: int) -> Tensor:

@@ -32,9 +32,9 @@ from llmopt_cli.spec.recipe import Batching
 PROMPT = 4  # the model writes on from this part of a window
 HELD = 48  # windows of held-out text, at most
 BATCH = 2  # windows a step
-PASSES = {"medusa": 4.0, "eagle": 4.0}
-RATES = {"medusa": 1e-3, "eagle": 2e-3}
-MEDUSA_LAYERS = 1
+PASSES = {"medusa": 8.0, "eagle": 6.0}
+RATES = {"medusa": 2e-3, "eagle": 2e-3}
+MEDUSA_LAYERS = 2
 Progress = Callable[[str], AbstractContextManager[Report]]
 
 
@@ -146,7 +146,7 @@ def pupil_for(
     output = output_matrix(loaded)
     if lesson.kind == "medusa":
         config = medusa_config(checkpoint, lesson.count)
-        return MedusaPupil(output, tokens, lesson.count, MEDUSA_LAYERS, own=True), config, MEDUSA_FILE
+        return MedusaPupil(output, tokens, lesson.count, MEDUSA_LAYERS), config, MEDUSA_FILE
     config = eagle_config(checkpoint, str(loaded.dtype).removeprefix("torch."))
     embed = loaded.model.get_input_embeddings()
     turns = angles(config, checkpoint.spec.max_context, torch.float32, loaded.device)

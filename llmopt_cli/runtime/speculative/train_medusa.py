@@ -12,24 +12,24 @@ FADING = 0.8  # each head counts so much of the one before it
 class MedusaPupil(nn.Module):
     """`count` heads of `layers` residual blocks before the model's output matrix float32 (V, H).
 
-    They draft the `tokens` (K,) alone. With `own`, each learns an output matrix, too, beginning with that.
+    They draft the `tokens` (K,) alone. Published heads have output matrices of their own: with two blocks they draft no
+    better than these, and each is one more matrix to read.
     """
 
-    def __init__(self, output: Tensor, tokens: Tensor, count: int, layers: int, own: bool) -> None:
+    def __init__(self, output: Tensor, tokens: Tensor, count: int, layers: int) -> None:
         super().__init__()
         size = output.shape[1]
         zeros = output.new_zeros
         self.weights = nn.ParameterList([zeros(count, size, size) for _ in range(layers)])
         self.biases = nn.ParameterList([zeros(count, size) for _ in range(layers)])
         self.count, self._output, self._tokens, self._rows = count, output, tokens, output[tokens]
-        self.outs = nn.ParameterList([self._rows.clone() for _ in range(count)] if own else [])
 
     def logits(self, hidden: Tensor, head: int) -> Tensor:
         """(..., K) of one head on hidden states (..., H)."""
         x = hidden
         for weight, bias in zip(self.weights, self.biases, strict=True):
             x = x + F.silu(F.linear(x, weight[head], bias[head]))
-        return F.linear(x, self.outs[head] if self.outs else self._rows)
+        return F.linear(x, self._rows)
 
     def loss(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Cross entropy against the model's own distribution at each head's place."""
@@ -58,5 +58,5 @@ class MedusaPupil(nn.Module):
         for head in range(self.count):
             for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
                 named |= {f"{head}.{layer}.linear.weight": weight[head], f"{head}.{layer}.linear.bias": bias[head]}
-            named[f"{head}.{layers}.weight"] = self.outs[head] if self.outs else self._output
+            named[f"{head}.{layers}.weight"] = self._output
         return {**named, "token_map": self._tokens}
