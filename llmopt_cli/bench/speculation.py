@@ -134,7 +134,7 @@ def _read(path: Path) -> str:
         raise UsageError(f"cannot read `{path}`: {error.strerror}") from None
     if path.suffix != ".jsonl":
         return content
-    rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+    rows = [json.loads(line) for line in content.split("\n") if line.strip()]
     return "\n".join(str(row.get("text") or row.get("question") or row.get("messages") or row) for row in rows)
 
 

@@ -207,7 +207,7 @@ def spread(load: Load, most: int) -> tuple[Load, str]:
 
 def find_draft(on: Deployment) -> Draft | None:
     """The smallest model of the catalogue with the same vocabulary, of the same architecture if there is one."""
-    usual, spec = Speculation(model=""), on.spec
+    usual, spec = Speculation(method="ngram"), on.spec
     fitting = [
         entry.item
         for entry in models()

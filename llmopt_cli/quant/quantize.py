@@ -88,7 +88,7 @@ class Outcome:
     head_bits: float | None = None
     target_bpw: float | None = None
     kv_scales: bool = False
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
     llmopt: str = __version__
 
 

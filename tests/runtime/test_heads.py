@@ -24,7 +24,8 @@ from llmopt_cli.runtime.speculative.heads import EAGLE_FILE, Heads, write_heads
 from llmopt_cli.runtime.speculative.heads_output import commonest, output_matrix
 from llmopt_cli.runtime.speculative.medusa import Medusa
 from llmopt_cli.runtime.speculative.train_eagle import EaglePupil
-from llmopt_cli.runtime.speculative.train_job import Lesson, Outcome, eagle_config, folder_for, pupil_for, train_heads
+from llmopt_cli.runtime.speculative.train_job import Lesson, Outcome, eagle_config, folder_for, train_heads
+from llmopt_cli.runtime.speculative.train_medusa import MedusaPupil
 from llmopt_cli.spec.checkpoint import Checkpoint
 
 SIZE, VOCABULARY = 32, 4096
@@ -321,10 +322,15 @@ def test_heads_learn_and_a_seed_decides_what(kind: str, base: Checkpoint, texts:
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_learning_makes_drafts_better(kind: str, base: Checkpoint, loaded: LoadedModel, texts: Tensor) -> None:
     torch.manual_seed(0)
-    pupil = pupil_for(base, loaded, torch.arange(VOCABULARY), Lesson(kind, 2))[0]
+    output, tokens = 20 * output_matrix(loaded), torch.arange(VOCABULARY)  # as sharp as that of a model that has learnt
+    config, embed = eagle_config(base, "float32"), loaded.model.get_input_embeddings()
+    turns = angles(config, 64, torch.float32, loaded.device)
+    pupil: train.Pupil = MedusaPupil(output, tokens, 2, 2)
+    if kind == "eagle":
+        pupil = EaglePupil(config, embed, output, tokens, turns, 2)
     states = train.hidden_states(loaded, texts, lambda done, total: None)
     before = train.score(pupil, texts, states, 8)
-    learnt = train.learn(pupil, texts, states, train.Course(20, 4, 5e-3), lambda done, total: None)
+    learnt = train.learn(pupil, texts, states, train.Course(20, 4, 2e-2), lambda done, total: None)
     after = train.score(pupil, texts, states, 8)
     assert learnt.steps == 60
     assert after.accuracy[0] > before.accuracy[0] + 0.2
@@ -339,7 +345,7 @@ def test_an_interrupted_lesson_keeps_what_was_learnt(base: Checkpoint, texts: Te
 
         return nullcontext(report)
 
-    with pytest.raises(InterruptedWorkError, match="after 2 of 24 steps; what was learnt is in"):
+    with pytest.raises(InterruptedWorkError, match=r"after 2 of \d+ steps; what was learnt is in"):
         train_heads(base, Lesson("medusa", 2, rewritten=False), texts, texts[:2], tmp_path / "kept", progress)
     assert Heads.open(tmp_path / "kept", base).kind == "medusa"
 

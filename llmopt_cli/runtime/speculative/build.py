@@ -50,9 +50,7 @@ def refuse_unfit(asked: Speculation, checkpoint: Checkpoint, tokenizer: Tokenize
         raise UsageError("a model that drafts for itself only takes time", "name a smaller one with --spec-model")
 
 
-def open_drafter(
-    asked: Speculation, checkpoint: Checkpoint, target: LoadedModel, batching: Batching
-) -> Drafter | None:
+def open_drafter(asked: Speculation, checkpoint: Checkpoint, target: LoadedModel, batching: Batching) -> Drafter | None:
     """What is to draft for the model of `checkpoint`, in its dtype; None if a text is only looked up."""
     if asked.method in KINDS:
         heads = Heads.open(asked.model, checkpoint, asked.method)

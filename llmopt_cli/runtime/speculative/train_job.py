@@ -32,7 +32,7 @@ from llmopt_cli.spec.recipe import Batching
 PROMPT = 4  # the model writes on from this part of a window
 HELD = 48  # windows of held-out text, at most
 BATCH = 2  # windows a step
-PASSES = {"medusa": 8.0, "eagle": 6.0}
+PASSES = {"medusa": 16.0, "eagle": 6.0}
 RATES = {"medusa": 2e-3, "eagle": 2e-3}
 MEDUSA_LAYERS = 2
 Progress = Callable[[str], AbstractContextManager[Report]]
