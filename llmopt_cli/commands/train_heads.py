@@ -84,7 +84,10 @@ def _render(outcome: Outcome, model: str) -> list[RenderableType]:
     places = zip(outcome.score.accuracy, outcome.score.tokens_per_step, strict=True)
     rows = [(str(place), f"{hit:.1%}", f"{brought:.2f}") for place, (hit, brought) in enumerate(places, 1)]
     columns = ("draft", "right", "tokens a step with so many")
-    caption = f"along {outcome.held_tokens:,} tokens that the model wrote from held-out text;\neach draft as if those before it were right"
+    caption = (
+        f"along {outcome.held_tokens:,} tokens that the model wrote from held-out text;\n"
+        "each draft as if those before it were right"
+    )
     facts = [
         ("learnt", f"{outcome.steps:,} steps on {outcome.tokens:,} tokens in {outcome.seconds:,.0f} s"),
         ("written", outcome.path),

@@ -1,10 +1,9 @@
-"""Heads that draft: their files, what they propose, and how they learn."""
+"""Heads that draft: their files, and what they propose."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmopt_cli.errors import CheckpointError, InterruptedWorkError, ModelError, UsageError
+from llmopt_cli.errors import CheckpointError, ModelError
 from llmopt_cli.model.load import LoadedModel, load_model
 from llmopt_cli.runtime.request import Request, SamplingParams
 from llmopt_cli.runtime.scheduler import Chunk
-from llmopt_cli.runtime.speculative import train
 from llmopt_cli.runtime.speculative.eagle import Eagle, angles
 from llmopt_cli.runtime.speculative.heads import EAGLE_FILE, Heads, write_heads
 from llmopt_cli.runtime.speculative.heads_output import commonest, output_matrix
 from llmopt_cli.runtime.speculative.medusa import Medusa
 from llmopt_cli.runtime.speculative.train_eagle import EaglePupil
-from llmopt_cli.runtime.speculative.train_job import Lesson, Outcome, eagle_config, folder_for, train_heads
-from llmopt_cli.runtime.speculative.train_medusa import MedusaPupil
+from llmopt_cli.runtime.speculative.train_job import eagle_config
 from llmopt_cli.spec.checkpoint import Checkpoint
 
 SIZE, VOCABULARY = 32, 4096
@@ -131,6 +128,7 @@ def test_heads_for_another_model_are_refused_by_their_headers(base: Checkpoint, 
     [
         ({"num_hidden_layers": 2}, {}, "one layer"),
         ({"intermediate_size": 41}, {}, r"F32 \[40, 32\] where config.json makes it \[41, 32\]"),
+        ({}, {"fc.bias": torch.ones(3)}, r"`fc.bias` of `eagle` is F32 \[3\]"),
         ({}, {"layers.0.input_layernorm.weight": torch.ones(SIZE)}, "which eagle heads of this format do not have"),
     ],
 )
@@ -146,6 +144,19 @@ def test_what_an_eagle_head_is_not(
 def test_medusa_heads_that_are_missing_are_named(base: Checkpoint, medusa: Write) -> None:
     with pytest.raises(CheckpointError, match=r"lacks `3.0.linear.weight`"):
         Heads.open(medusa(medusa_num_heads=4), base)
+
+
+def test_a_map_to_tokens_that_do_not_exist_is_refused(base: Checkpoint, eagle: Write) -> None:
+    heads = Heads.open(eagle({"token_map": torch.tensor([5, VOCABULARY])}), base)
+    with pytest.raises(CheckpointError, match="names tokens beyond the 4,096 there are"):
+        heads.tensors(torch.float32, torch.device("cpu"))
+
+
+def test_fewer_heads_may_be_used_than_are_stored(base: Checkpoint, medusa: Write, loaded: LoadedModel) -> None:
+    proposer = Medusa(Heads.open(medusa(medusa_num_heads=1), base), loaded)
+    request = requests_of(torch.ones(1, 4, dtype=torch.long))[0]
+    proposer.see(step([request], [0]), torch.randn(3, SIZE))
+    assert len(proposer.propose([request], [3])[0].tokens) == 1
 
 
 def requests_of(tokens: Tensor) -> list[Request]:
@@ -299,61 +310,3 @@ def test_what_an_eagle_learns_is_what_it_drafts(
         with torch.no_grad():
             guesses = [tokens[F.linear(guess, rows).argmax(-1)[0]] for guess in pupil.unroll(text, states)]
         assert tuple(int(guess[known - 2 + place]) for place, guess in enumerate(guesses)) == draft
-
-
-def quiet(_: str) -> AbstractContextManager[Callable[[int, int], None]]:
-    return nullcontext(lambda done, total: None)
-
-
-def teach(base: Checkpoint, texts: Tensor, folder: Path, **wanted: Any) -> Outcome:
-    return train_heads(base, Lesson(**({"count": 2} | wanted)), texts, texts[:2], folder, quiet)
-
-
-@pytest.mark.parametrize("kind", ["medusa", "eagle"])
-def test_heads_learn_and_a_seed_decides_what(kind: str, base: Checkpoint, texts: Tensor, tmp_path: Path) -> None:
-    outcomes = [teach(base, texts[:6], tmp_path / name, kind=kind, seed=1) for name in ("one", "two")]
-    made = [Heads.open(tmp_path / name, base, kind) for name in ("one", "two")]
-    one, two = (heads.tensors(torch.float32, torch.device("cpu")) for heads in made)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert outcomes[0].score == outcomes[1].score
-    assert outcomes[0].steps == outcomes[0].planned
-
-
-@pytest.mark.parametrize("kind", ["medusa", "eagle"])
-def test_learning_makes_drafts_better(kind: str, base: Checkpoint, loaded: LoadedModel, texts: Tensor) -> None:
-    torch.manual_seed(0)
-    output, tokens = 20 * output_matrix(loaded), torch.arange(VOCABULARY)  # as sharp as that of a model that has learnt
-    config, embed = eagle_config(base, "float32"), loaded.model.get_input_embeddings()
-    turns = angles(config, 64, torch.float32, loaded.device)
-    pupil: train.Pupil = MedusaPupil(output, tokens, 2, 2)
-    if kind == "eagle":
-        pupil = EaglePupil(config, embed, output, tokens, turns, 2)
-    states = train.hidden_states(loaded, texts, lambda done, total: None)
-    before = train.score(pupil, texts, states, 8)
-    learnt = train.learn(pupil, texts, states, train.Course(20, 4, 2e-2), lambda done, total: None)
-    after = train.score(pupil, texts, states, 8)
-    assert learnt.steps == 60
-    assert after.accuracy[0] > before.accuracy[0] + 0.2
-    assert after.tokens_per_step[1] > before.tokens_per_step[1]
-
-
-def test_an_interrupted_lesson_keeps_what_was_learnt(base: Checkpoint, texts: Tensor, tmp_path: Path) -> None:
-    def progress(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        def report(done: int, total: int) -> None:
-            if label.startswith("teaching") and done == 2:
-                raise KeyboardInterrupt
-
-        return nullcontext(report)
-
-    with pytest.raises(InterruptedWorkError, match=r"after 2 of \d+ steps; what was learnt is in"):
-        train_heads(base, Lesson("medusa", 2, rewritten=False), texts, texts[:2], tmp_path / "kept", progress)
-    assert Heads.open(tmp_path / "kept", base).kind == "medusa"
-
-
-def test_where_heads_go(base: Checkpoint, tmp_path: Path) -> None:
-    assert folder_for(base, "eagle", None, False) == base.path.parent / f"{base.name}-eagle"
-    assert folder_for(Checkpoint.open("demo"), "medusa", None, False) == Path("demo-medusa")
-    (tmp_path / "config.json").touch()
-    with pytest.raises(UsageError, match="exists already"):
-        folder_for(base, "eagle", tmp_path, False)
-    assert folder_for(base, "eagle", tmp_path, True) == tmp_path

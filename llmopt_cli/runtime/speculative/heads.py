@@ -53,8 +53,13 @@ class Heads:
         return cls(found, checkpoint)
 
     def tensors(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """All of them by name, but for copies of the base model's own."""
+        """All of them by name, but for copies of the base model's own. CheckpointError if one drafts no token."""
         stored = {name: t for file in self.checkpoint.files for name, t in load_file(file, str(device)).items()}
+        vocabulary = _made_for(self.checkpoint, self.kind)[1]
+        if MAP in stored and not ((stored[MAP] >= 0) & (stored[MAP] < vocabulary)).all():
+            raise CheckpointError(
+                f"`{MAP}` of `{self.checkpoint.name}` names tokens beyond the {vocabulary:,} there are"
+            )
         return {
             name: tensor if name == MAP else tensor.to(dtype) for name, tensor in stored.items() if name not in UNUSED
         }
@@ -110,13 +115,15 @@ def _check(checkpoint: Checkpoint, kind: str, base: Checkpoint) -> None:
             _advice(base, kind),
         )
     shapes = KINDS[kind](checkpoint.config, spec)
+    shapes |= {bias: shapes[matrix][:1] for bias, matrix in _biases(shapes).items() if bias in stored}
     for tensor, shape in shapes.items():
         if tensor not in stored:
             raise CheckpointError(f"`{name}` lacks `{tensor}`, which its config.json speaks of", "download it again")
         if stored[tensor].shape != shape or stored[tensor].dtype not in FLOATS:
             found = f"{stored[tensor].dtype} {list(stored[tensor].shape)}"
             raise CheckpointError(f"`{tensor}` of `{name}` is {found} where config.json makes it {list(shape)}")
-    strange = stored.keys() - shapes.keys() - {*UNUSED, MAP, *_optional(kind, shapes)}
+    more = {tensor for tensor in stored if kind == "medusa" and tensor.partition(".")[0].isdigit()}  # further heads
+    strange = stored.keys() - shapes.keys() - {*UNUSED, MAP, *more}
     if strange:
         raise ModelError(f"`{name}` stores `{min(strange)}`, which {kind} heads of this format do not have")
 
@@ -133,9 +140,9 @@ def _made_for(checkpoint: Checkpoint, kind: str) -> tuple[int, int]:
     return hidden, vocabulary
 
 
-def _optional(kind: str, shapes: Shapes) -> set[str]:
-    """Biases that some EAGLE heads have. Of Medusa's, all that the config does not count are left out."""
-    return {name.replace("weight", "bias") for name in shapes if name.startswith(("fc.", f"{LAYER}self_attn"))}
+def _biases(shapes: Shapes) -> dict[str, str]:
+    """Those that some EAGLE heads have, and whose they are."""
+    return {name.replace("weight", "bias"): name for name in shapes if name.startswith(("fc.", f"{LAYER}self_attn"))}
 
 
 def _count(config: Mapping[str, Any], name: str) -> int:
