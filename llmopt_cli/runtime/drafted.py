@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -23,8 +24,7 @@ def verified_tokens(lives: Sequence[Live], counts: Sequence[int], logits: Tensor
 
     A request has a row for its last known token, and one for each of its drafts.
     """
-    ends = [sum(counts[: index + 1]) for index in range(len(counts))]
-    spans = [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    spans = [range(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True)]
     # Rows that nothing shapes can be weighed together: what stands before them changes nothing about them.
     drawn = {
         row: live.params

@@ -67,8 +67,8 @@ class Engine:
         check_layers(self._layers, needs, self.kv_dtype)
         scales = read_scales(checkpoint, self.kv_dtype)
         drafter = None if speculation is None else open_drafter(speculation, checkpoint, loaded, self.batching)
-        share = needs.block_bytes / (needs.block_bytes + (drafter.block_bytes if drafter else 0))
-        self.memory = share_out(needs, int(share * free_memory(loaded.device)), total_memory(loaded.device))
+        own = needs.block_bytes / (needs.block_bytes + (drafter.block_bytes if drafter else 0))
+        self.memory = share_out(needs, int(own * free_memory(loaded.device)), total_memory(loaded.device))
         self.cache_size = self.memory.cache
         whole = hang_cache(self._layers, self.cache_size, self.kv_dtype, loaded.device, scales)
         self._loras.hang()
@@ -80,8 +80,8 @@ class Engine:
             self._speculator = Speculator(proposer, speculation.num_speculative_tokens, speculation.adaptive)
             self._runner.see = self._speculator.see
         self._loaded = loaded
-        share = batching.enable_prefix_caching
-        self._state = SchedulerState(self.batching, BlockPool(self.cache_size.num_blocks), share_prefixes=share)
+        blocks = BlockPool(self.cache_size.num_blocks)
+        self._state = SchedulerState(self.batching, blocks, share_prefixes=batching.enable_prefix_caching)
         self._seed = os.urandom(16)  # so that nobody can make up prompts whose hashes meet
         self._answers = Answers(self._state, tokenizer, self.max_model_len)
         self._journal: Journal | None = None
@@ -181,9 +181,10 @@ class Engine:
         if params.kv_policy is not None:
             self._compressor.check(params.kv_policy)
         if len(prompt_ids) >= params.context(self.max_model_len):
+            at_limit = self.max_model_len >= context_limit(self.checkpoint)
             raise CapacityError(
                 f"the prompt has {len(prompt_ids):,} tokens and the context is {self.max_model_len:,}",
-                "shorten the prompt" if self._at_limit() else "raise `--max-model-len`, or shorten the prompt",
+                f"{'' if at_limit else 'raise `--max-model-len`, or '}shorten the prompt",
             )
         self._loras.require(params.adapter)
         vocabulary = self.checkpoint.spec.vocab_size
@@ -345,6 +346,3 @@ class Engine:
         for output in [one for one in outputs if len(one.token_ids) <= 1 or one.beams]:
             self._queries += output.num_prompt_tokens if self.batching.enable_prefix_caching else 0
             self._hits += output.num_cached_tokens
-
-    def _at_limit(self) -> bool:
-        return self.max_model_len >= context_limit(self.checkpoint)

@@ -259,7 +259,7 @@ def test_an_eagle_drafts_as_the_layer_says_whatever_was_rejected(
         proposer.see(step(requests, starts, drafts), torch.cat(rows))
     proposer.forget("0")
     proposer.forget("1")
-    proposer._pool.check_integrity([])
+    proposer._room.check_integrity([])
 
 
 def test_an_eagle_works_with_what_it_saw(base: Checkpoint, loaded: LoadedModel, eagle: Write) -> None:

@@ -57,9 +57,9 @@ class _Pick(NamedTuple):
 
 
 class Compressor:
-    """The policies of one engine's requests; `limit` is its longest context. What the model can't have is seen at once.
+    """The policies of one engine's requests. A step in which none has a policy costs nothing more.
 
-    Costs nothing where no request has one.
+    What the model can't have is found at the start, by running single tokens: later the engine runs while others ask.
     """
 
     def __init__(

@@ -15,7 +15,6 @@ from torch import Tensor
 from llmopt_cli.model.attention import paged_layers
 from llmopt_cli.model.load import LoadedModel
 from llmopt_cli.model.lora import Loras
-from llmopt_cli.runtime.blocks import BlockPool
 from llmopt_cli.runtime.budget import CacheSize
 from llmopt_cli.runtime.kv_cache import hang_cache, release_cache
 from llmopt_cli.runtime.request import Request
@@ -23,6 +22,7 @@ from llmopt_cli.runtime.runner import ModelRunner
 from llmopt_cli.runtime.sampler import weights_of
 from llmopt_cli.runtime.scheduler import Chunk
 from llmopt_cli.runtime.speculative.proposer import Draft
+from llmopt_cli.runtime.speculative.room import Room
 from llmopt_cli.runtime.speculative.verify import draw
 
 
@@ -46,7 +46,8 @@ class _Follower:
             (index for index, pair in enumerate(zip(self.ran, known, strict=False)) if pair[0] != pair[1]), None
         )
         confirmed = self.since + (min(len(self.ran), len(known)) if agreed is None else agreed)
-        request.num_computed = request.num_cached = min(request.num_computed, confirmed, request.num_tokens - 1)
+        held = request.num_computed if request.blocks else 0  # others may have taken them
+        request.num_computed = request.num_cached = min(held, confirmed, request.num_tokens - 1)
         request.drafts = self.ran = ()
 
 
@@ -60,8 +61,7 @@ class DraftModel:
         self._layers = paged_layers(loaded.model)
         hang_cache(self._layers, size, loaded.dtype, loaded.device)
         self._runner = ModelRunner(loaded, size.block_size, Loras(loaded.model, ()))
-        self._pool, self._block_size = BlockPool(size.num_blocks), size.block_size
-        self._budget, self._context = budget, context
+        self._room, self._budget, self._context = Room(size.num_blocks, size.block_size), budget, context
         self._followers: dict[str, _Follower] = {}
 
     def propose(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
@@ -90,7 +90,8 @@ class DraftModel:
         for request in requests:
             follower, tokens = self._follower(request), request.num_tokens + wanted[request.request_id]
             follower.settle()
-            if tokens <= self._context and self._make_room(follower.request, tokens, wanted):
+            others = (other.request.blocks for name, other in self._followers.items() if name not in wanted)
+            if tokens <= self._context and self._room.make(follower.request.blocks, tokens, others):
                 running.append(request.request_id)
         return running
 
@@ -99,22 +100,10 @@ class DraftModel:
         if found is None:
             shadow = Request(request.request_id, request.token_ids, request.num_prompt, request.params)
             # Another stream than the verifier's: a draft must not depend on the numbers that judge it.
-            seed = None if request.params.seed is None else request.params.seed + 1
-            found = self._followers[request.request_id] = _Follower(shadow, Random(seed))
+            seed = request.params.seed
+            stream = Random(None if seed is None else f"draft/{seed}")
+            found = self._followers[request.request_id] = _Follower(shadow, stream)
         return found
-
-    def _make_room(self, shadow: Request, tokens: int, spared: Mapping[str, int]) -> bool:
-        """Blocks for so many tokens, at the cost of requests that are not drafted for now."""
-        missing = -(-tokens // self._block_size) - len(shadow.blocks)
-        for name, other in self._followers.items():
-            if missing <= self._pool.num_free:
-                break
-            if name not in spared:
-                self._drop(other.request)
-        if missing > self._pool.num_free:
-            return False
-        shadow.blocks.extend(self._pool.allocate(max(0, missing)))
-        return True
 
     def _run(self, names: Sequence[str]) -> dict[str, tuple[int, Tensor | None]]:
         """One pass: the next token of each that is caught up with, and the distribution it was drawn from."""
@@ -141,16 +130,11 @@ class DraftModel:
         chance = weights_of(logits[None], [params])[0]
         return draw(chance, follower.stream), (chance / chance.sum()).float()
 
-    def _drop(self, shadow: Request) -> None:
-        self._pool.release(reversed(shadow.blocks))
-        shadow.blocks = []
-        shadow.num_computed = shadow.num_cached = 0
-
     def forget(self, request_id: str) -> None:
         """Give back a request's blocks."""
         follower = self._followers.pop(request_id, None)
         if follower is not None:
-            self._drop(follower.request)
+            self._room.give_back(follower.request.blocks)
 
     def close(self) -> None:
         """Let go of the cache."""

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from llmopt_cli.model.load import LoadedModel
-from llmopt_cli.runtime.blocks import BlockPool
 from llmopt_cli.runtime.request import Request
 from llmopt_cli.runtime.scheduler import Chunk
 from llmopt_cli.runtime.speculative.heads import LAYER, MAP, Heads
 from llmopt_cli.runtime.speculative.heads_output import output_matrix
 from llmopt_cli.runtime.speculative.proposer import Draft
+from llmopt_cli.runtime.speculative.room import Room
 from llmopt_cli.spec.model import ModelSpec
 from llmopt_kernels import (
     PagedBatch,
@@ -121,6 +121,8 @@ class _Follower:
 
     def waiting(self, last: int, most: int) -> tuple[list[int], Tensor | None]:
         """Positions and hidden states of pairs up to `last` that are to run, `most` at a time; None if not seen."""
+        if not self.blocks:  # others took them
+            self.count = 0
         if self.next > last:  # asked again for the same tokens
             self.next -= 1
             self.count = max(0, self.count - 1)
@@ -160,7 +162,7 @@ class Eagle:
     ) -> None:
         """`positions` is the longest context that a request may have."""
         self._layer = EagleLayer(heads, loaded, positions, num_blocks * block_size)
-        self._pool, self._block_size, self._budget = BlockPool(num_blocks), block_size, budget
+        self._room, self._block_size, self._budget = Room(num_blocks, block_size), block_size, budget
         self._device = loaded.device
         self._followers: dict[str, _Follower] = {}
 
@@ -204,7 +206,8 @@ class Eagle:
             places, hidden = follower.waiting(last, left) if follower and left else ([], None)
             if follower is None or hidden is None:
                 continue
-            if self._make_room(follower, follower.count + len(places) + length, wanted):
+            others = (other.blocks for owner, other in self._followers.items() if owner not in wanted)
+            if self._room.make(follower.blocks, follower.count + len(places) + length, others):
                 follower.ran(places)
                 known.tokens.extend([request.token_ids[place + 1] for place in places])
                 known.positions.extend(places)
@@ -224,31 +227,11 @@ class Eagle:
         found = self._layer(tokens, hidden, positions, batch)
         return found if len(known.ends) == len(tokens) else found[indices(known.ends.values(), self._device)]
 
-    def _make_room(self, follower: _Follower, pairs: int, spared: Mapping[str, object]) -> bool:
-        """Blocks for so many pairs, at the cost of requests that are not drafted for now."""
-        missing = -(-pairs // self._block_size) - len(follower.blocks)
-        if missing <= 0:
-            return True
-        for name, other in self._followers.items():
-            if missing <= self._pool.num_free:
-                break
-            if name not in spared:
-                self._drop(other)
-        if missing > self._pool.num_free:
-            return False
-        follower.blocks.extend(self._pool.allocate(missing))
-        return True
-
-    def _drop(self, follower: _Follower) -> None:
-        self._pool.release(reversed(follower.blocks))
-        follower.blocks = []
-        follower.count = 0
-
     def forget(self, request_id: str) -> None:
         """Drop what was seen of a request, and give back its blocks."""
         follower = self._followers.pop(request_id, None)
         if follower is not None:
-            self._drop(follower)
+            self._room.give_back(follower.blocks)
 
     def close(self) -> None:
         """Drop all of it."""

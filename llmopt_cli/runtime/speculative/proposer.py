@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from llmopt_cli.runtime.request import Request
+from llmopt_cli.runtime.scheduler import Chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,4 +39,13 @@ class Proposer(Protocol):
 
     def close(self) -> None:
         """Let go of what it holds."""
+        ...
+
+
+@runtime_checkable
+class Watching(Proposer, Protocol):
+    """One that drafts from the model's own hidden states."""
+
+    def see(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
+        """What the output head read in a step, (T, H), chunk after chunk, before any of it is verified."""
         ...

@@ -15,7 +15,7 @@ from llmopt_cli.runtime.live import Live
 from llmopt_cli.runtime.request import Request, RequestOutput
 from llmopt_cli.runtime.scheduler import Chunk
 from llmopt_cli.runtime.speculative.controller import Controller, Times
-from llmopt_cli.runtime.speculative.proposer import Proposer
+from llmopt_cli.runtime.speculative.proposer import Proposer, Watching
 from llmopt_cli.runtime.stats import Tally
 
 
@@ -70,11 +70,15 @@ class Speculator:
     @property
     def see(self) -> Callable[[Sequence[Chunk], Tensor], None] | None:
         """What is to be shown the hidden states (T, H) of every step, if the proposer drafts from them."""
-        return self._see if hasattr(self._proposer, "see") else None
+        watching = self._proposer
+        if not isinstance(watching, Watching):
+            return None
 
-    def _see(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
-        if all([chunk.request_id in self._live for chunk in chunks]):  # noqa: C419  beams would never be forgotten
-            self._proposer.see(chunks, hidden)  # type: ignore[attr-defined]
+        def show(chunks: Sequence[Chunk], hidden: Tensor) -> None:
+            if all([chunk.request_id in self._live for chunk in chunks]):  # noqa: C419  beams would never be forgotten
+                watching.see(chunks, hidden)
+
+        return show
 
     def learn(self, chunks: Sequence[Chunk], outputs: Sequence[RequestOutput]) -> None:
         """After a step: what became of the drafts, and how long it took, if all that ran were decoding."""
