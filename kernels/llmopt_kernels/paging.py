@@ -23,6 +23,8 @@ QUANTIZED = {  # the largest value of each dtype into which a cache can be quant
     torch.float8_e5m2: 57344.0,
 }
 
+SHORT = 8  # query tokens of a request up to which it runs with others in one group
+
 
 @dataclass(frozen=True, eq=False)
 class Pages:
@@ -136,8 +138,8 @@ def sees(queries: Tensor, keys: Tensor, window: int | None, chunk: int | None) -
 class PagedBatch:
     """One step's attention metadata, from the spans in the order in which their queries are packed.
 
-    `new_slots` (T,) is where the step's own keys and values go; `groups` holds the one-token requests as one padded
-    group and every chunk of a prompt as a group of its own.
+    `new_slots` (T,) is where the step's own keys and values go; `groups` holds all short requests as one padded group
+    and every longer chunk of a prompt as a group of its own.
     """
 
     def __init__(self, spans: Sequence[Span], block_size: int, device: torch.device) -> None:
@@ -168,11 +170,13 @@ class PagedBatch:
 
     @cached_property
     def groups(self) -> list[Rows]:
-        """The spans as groups of equal query length: all decodes in one, prompt chunks one by one."""
+        """The spans as groups of equal query length: all short ones in one, prompt chunks one by one."""
         ends = list(accumulate([span[0] for span in self.spans]))
         placed = [(end - span[0], span) for end, span in zip(ends, self.spans, strict=True)]
-        decodes = [one for one in placed if one[1][0] == 1]
-        groups = ([decodes] if decodes else []) + [[one] for one in placed if one[1][0] > 1]
+        short = [one for one in placed if one[1][0] <= SHORT]
+        if len({span[0] for _, span in short}) > 1:  # drafts of several lengths, say
+            short = [token for start, span in short for token in _singly(start, span)]
+        groups = ([short] if short else []) + [[one] for one in placed if one[1][0] > SHORT]
         return [self._group(group) for group in groups]
 
     def _group(self, placed: Sequence[tuple[int, Span]]) -> Rows:
@@ -191,6 +195,12 @@ class PagedBatch:
             longest=longest,
             block_size=size,
         )
+
+
+def _singly(start: int, span: Span) -> Iterator[tuple[int, Span]]:
+    """Every query token of a span as a span of its own, with what it may see as its whole past."""
+    before = span.context - span.length + 1
+    return ((start + query, Span(1, before + query, span.blocks, span.ahead)) for query in range(span.length))
 
 
 def indices(numbers: Iterable[int], device: torch.device) -> Tensor:

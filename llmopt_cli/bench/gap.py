@@ -33,6 +33,7 @@ def where(result: Result) -> list[str]:
         (slower and busy > environment.cores + 0.8, f"the machine was busy (load average {environment.load_average})"),
         (set(wide) == {"TTFT"}, "TPOT is as predicted, so it is prefill, dispatch or queueing"),
         ("TPOT" in wide, f"most of the predicted TPOT is {BOUNDS.get(result.predicted['bound'], 'unknown')}"),
+        *_drafted(result),
         (not _full(result), "the load was never full: too few requests for its concurrency"),
         ((metrics.get("p99_send_lag_ms") or 0) > metrics["mean_tpot_ms"], "the client sent late"),
         (
@@ -41,6 +42,16 @@ def where(result: Result) -> list[str]:
         ),
     )
     return [text for applies, text in known if applies]
+
+
+def _drafted(result: Result) -> list[tuple[bool, str]]:
+    """Whether drafts brought as much as was assumed."""
+    found = result.metrics.get("speculation", {})
+    off = found.get("formula", {}).get("as_asked", {}).get("off", {}).get("tokens_per_step")
+    if off is None:
+        return []
+    brought, assumed = found["measured"]["tokens_per_step"], found["formula"]["as_asked"]["tokens_per_step"]
+    return [(abs(off) > WIDE, f"drafts made {brought:.2f} tokens a step where {assumed:.2f} were assumed")]
 
 
 def _full(result: Result) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 import httpx
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
 
+from llmopt_cli.bench.drafts import Totals, read_metrics
 from llmopt_cli.bench.metrics import Chunk, Reply
 from llmopt_cli.bench.prompts import Ask
 from llmopt_cli.errors import ServerError, UsageError
@@ -122,6 +123,14 @@ class HttpTarget:
         except httpx.HTTPError as error:
             raise ServerError(f"the answer of {self.name} broke off: {error or type(error).__name__}") from None
         return tally.reply()
+
+    async def drafted(self) -> Totals | None:
+        """See `Drafting`: from the server's metrics, which not every server has."""
+        try:
+            answer = await self._client.get(f"{self.name}/metrics")
+        except httpx.HTTPError:
+            return None
+        return read_metrics(answer.text) if answer.status_code == 200 else None
 
     def _body(self, ask: Ask) -> dict[str, Any]:
         params = ask.params

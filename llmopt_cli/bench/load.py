@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmopt_cli.bench.drafts import Totals
 from llmopt_cli.bench.metrics import Record
 from llmopt_cli.bench.prompts import Ask
 from llmopt_cli.bench.targets import Target
@@ -25,11 +26,15 @@ Send = Callable[[Ask, float], Coroutine[Any, Any, None]]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The requests that ended in `duration` seconds. `partial`: it was stopped, and those under way are left out."""
+    """The requests that ended in `duration` seconds. `partial`: it was stopped, and those under way are left out.
+
+    `drafts` is what speculation did meanwhile, if the target says so.
+    """
 
     records: list[Record]
     duration: float
     partial: bool = False
+    drafts: Totals | None = None
 
 
 async def drive(

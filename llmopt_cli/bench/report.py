@@ -18,7 +18,8 @@ HEAD = """# Results
 
 Every measurement is a line of JSON in this folder: what ran, on which machine, with which versions, and all figures.
 Lines are only added: `llmopt bench` and `python -m llmopt_cli.bench.NAME` (startup, kv_waste, prefix_hits,
-host_overhead, batching, kv_policies) add them, to the folder that `--results` names or else to `./results`.
+host_overhead, batching, kv_policies, speculation, trees) add them, to the folder that `--results` names or else to
+`./results`.
 This index is generated from them by `python -m llmopt_cli.bench.report results/`. A figure holds for its machine only.
 """
 COLUMNS = ("date", "machine", "what", "figures", "command")
@@ -55,6 +56,7 @@ FIGURES = (  # (metric, how the index shows it), in this order
         "{selected[recall][full]:.0%} full, {selected[recall][snapkv]:.0%}, {selected[recall][pyramidkv]:.0%}, "
         "{selected[recall][last]:.0%}",
     ),
+    ("tree_to_chain", "{heads}: trees of drafts at most {tree_to_chain:.2f} times the tok/s of chains"),
     ("help_s", "`--help` {help_s:.2f} s"),
     ("estimate_s", "`estimate` {estimate_s:.2f} s"),
 )

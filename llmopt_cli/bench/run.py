@@ -11,18 +11,20 @@ import signal
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmopt_cli.bench import drafts
 from llmopt_cli.bench.load import Run, drive
 from llmopt_cli.bench.metrics import summarize
 from llmopt_cli.bench.prompts import make_asks, read_source
 from llmopt_cli.bench.targets import Baseline, Target
 from llmopt_cli.errors import LlmoptError, ServerError
 from llmopt_cli.estimate.predict import expect
+from llmopt_cli.estimate.speculation import Decoding
 from llmopt_cli.output import Report
-from llmopt_cli.spec.recipe import Recipe
+from llmopt_cli.spec.recipe import Recipe, Speculation
 from llmopt_cli.spec.result import Environment, Result
 from llmopt_cli.spec.workload import Workload
 
@@ -56,13 +58,13 @@ class Session:
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
         results: list[Result] = []
         async with nullcontext() if self.baseline else self.target:
-            source = read_source(self.target.encode)
+            source, asked = read_source(self.target.encode), self.recipe.speculation if self.recipe else None
             for workload in self.workloads:
                 if stop.is_set():
                     break
-                predicted = self._predicted(workload)
+                predicted, decoding = self._predicted(workload)
                 nonce = secrets.token_hex(4) if self.target.remembers else workload.arrivals.label
-                bench = Bench(workload, source, nonce, progress, stop)
+                bench = Bench(workload, source, nonce, progress, stop, asked, decoding)
                 metrics = await (bench.pairs(self.target, self.baseline) if self.baseline else bench.alone(self.target))
                 if not metrics["completed"] + metrics["failed"]:
                     break  # stopped before a single request ended: there is nothing to keep
@@ -70,14 +72,18 @@ class Session:
                 results[-1].save(self.results)
         return results
 
-    def _predicted(self, workload: Workload) -> dict[str, Any]:
-        """What is expected, or why nobody can tell: a closed form that lacks something never stops a measurement."""
+    def _predicted(self, workload: Workload) -> tuple[dict[str, Any], Decoding | None]:
+        """What is expected, with how drafts are timed where there are some; or why nobody can tell.
+
+        A closed form that lacks something never stops a measurement.
+        """
         if self.recipe is None:
-            return {"unknown": "the settings of a server are its own"}
+            return {"unknown": "the settings of a server are its own"}, None
         try:
-            return expect(self.recipe, workload, self.environment).record()
+            expected = expect(self.recipe, workload, self.environment)
         except LlmoptError as error:
-            return {"unknown": f"{error.message}: {error.hint}" if error.hint else error.message}
+            return {"unknown": f"{error.message}: {error.hint}" if error.hint else error.message}, None
+        return expected.record(), expected.decoding
 
     def _result(
         self, workload: Workload, metrics: dict[str, Any], predicted: dict[str, Any], *, partial: bool
@@ -98,13 +104,18 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """One workload to measure. `source` is what prompts are cut from, `nonce` what makes them new."""
+    """One workload to measure. `source` is what prompts are cut from, `nonce` what makes them new.
+
+    `speculation` is what was asked for, `decoding` what is expected of it.
+    """
 
     workload: Workload
     source: list[Any]
     nonce: str
     progress: Progress
     stop: asyncio.Event
+    speculation: Speculation | None = None
+    decoding: Decoding | None = None
 
     async def alone(self, target: Target) -> dict[str, Any]:
         """The figures of one target."""
@@ -147,15 +158,19 @@ class Bench:
                 raise ServerError(f"warm-up failed: {errors[0]}")
         await asyncio.sleep(SETTLE_S)
         asks = make_asks(workload, self.source, target.context, nonce)
+        before = await drafts.read(target)
         with self.progress(f"{workload.name} on {target.name}, {workload.arrivals.label}") as report:
-            return await drive(target, asks, workload.arrivals, workload.offsets(), report, self.stop)
+            run = await drive(target, asks, workload.arrivals, workload.offsets(), report, self.stop)
+        return replace(run, drafts=drafts.between(before, await drafts.read(target)))
 
     def figures(self, target: Target, runs: Sequence[Run]) -> dict[str, Any]:
         """The metrics of `runs` pooled, which is what percentiles need."""
         records = [record for run in runs for record in run.records]
         duration = sum(run.duration for run in runs)
         clipped = {"clipped_requests": self.workload.sizes(target.context)[1]}
-        return summarize(records, duration, self.workload.slo) | clipped
+        drafted = drafts.together(run.drafts for run in runs)
+        told = {"speculation": drafts.figures(drafted, self.speculation, self.decoding)} if drafted else {}
+        return summarize(records, duration, self.workload.slo) | clipped | told
 
 
 def _speed(run: Run) -> float:

@@ -1,17 +1,17 @@
 """What speculation is worth: `python -m llmopt_cli.bench.speculation --text stories=FILE ... [--results DIR]`.
 
-One loaded model goes on with pieces of texts, greedy, with and without drafts in turns, so that a drift of the machine
-hits both. Fixed lengths tell what proposers are right about; under the controller nobody may become slower.
+Two engines go on with pieces of texts, greedy, one with drafts and one without, in turns, so that a drift of the
+machine hits both. Fixed lengths tell what proposers are right about; under the controller nobody may become slower.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,58 +20,59 @@ import typer
 from llmopt_cli.bench.record import RESULTS, ResultsOpt, keep
 from llmopt_cli.errors import UsageError
 from llmopt_cli.model.load import LoadedModel, load_model
-from llmopt_cli.output import error_boundary
+from llmopt_cli.output import Output, error_boundary
 from llmopt_cli.runtime import Engine, SamplingParams
 from llmopt_cli.runtime.tokenizer import Tokenizer
 from llmopt_cli.spec.checkpoint import Checkpoint
 from llmopt_cli.spec.recipe import Batching, Speculation
 from llmopt_cli.spec.result import check_writable
 
-PROMPT, ANSWER = 96, 96  # tokens
+PROMPT, ANSWER = 96, 160  # tokens
+TURN = 0.01  # seconds of one engine before the other has its turn
+Parts = tuple[Checkpoint, Tokenizer, LoadedModel, LoadedModel]
 REPETITIVE = "".join(
     f"    if name == 'field_{index}':\n        return self.fields['field_{index}'].read(buffer, offset)\n"
     for index in range(40)
 )
 
 
-@dataclass
-class Bench:
-    """A model, loaded once."""
-
-    checkpoint: Checkpoint
-    loaded: LoadedModel
-    tokenizer: Tokenizer
-
-    def turn(self, prompts: Sequence[list[int]], asked: Speculation | None) -> tuple[float, Any]:
-        """Output tokens a second while all `prompts` are answered together, and what was tallied."""
-        limits = Batching(max_num_seqs=max(2, len(prompts)), enable_prefix_caching=False, max_model_len=512)
-        engine = Engine(self.checkpoint, self.loaded, self.tokenizer, limits, speculation=asked)
-        params = SamplingParams(max_tokens=ANSWER, ignore_eos=True)
-        engine.generate(prompts[:1], SamplingParams(max_tokens=8, ignore_eos=True))
-        started = time.perf_counter()
-        outputs = engine.generate(list(prompts), params)
-        seconds = time.perf_counter() - started
-        tally = engine.stats().speculation
-        engine.close()
-        return sum(len(output.token_ids) for output in outputs) / seconds, tally
-
-    def pieces(self, text: str) -> Iterator[list[int]]:
-        """Prompts cut out of a text, from its beginning on, again and again."""
-        ids = self.tokenizer.encode(text[:400_000])
-        if len(ids) < PROMPT:
-            raise UsageError(f"a text has {len(ids)} tokens, and {PROMPT} are needed")
-        while True:
-            for start in range(0, len(ids) - PROMPT + 1, PROMPT):
-                yield ids[start : start + PROMPT]
+def pieces(text: str, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Prompts cut out of a text, from its beginning on, again and again."""
+    ids = tokenizer.encode(text[:400_000])
+    if len(ids) < PROMPT:
+        raise UsageError(f"a text has {len(ids)} tokens, and {PROMPT} are needed")
+    while True:
+        for start in range(0, len(ids) - PROMPT + 1, PROMPT):
+            yield ids[start : start + PROMPT]
 
 
-def ratio(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """The geometric mean of with / without, and the lower end of its 95 % interval (Student's t, paired)."""
+def race(engines: Sequence[Engine], prompts: Sequence[list[int]]) -> list[float]:
+    """Output tokens a second of each engine that answers all `prompts` together, some milliseconds of each in turns."""
+    params = SamplingParams(max_tokens=ANSWER, ignore_eos=True)
+    for engine, prompt in itertools.product(engines, prompts):
+        engine.add_request(prompt, params)
+    seconds = [0.0] * len(engines)
+    while any(engine.has_work() for engine in engines):
+        for index, engine in enumerate(engines):
+            started = now = time.perf_counter()
+            while engine.has_work() and now < started + TURN:
+                engine.step()
+                now = time.perf_counter()
+            seconds[index] += now - started
+    return [len(prompts) * ANSWER / each for each in seconds]
+
+
+def ratio(pairs: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The median of with / without, and the lower end of its 95 % interval.
+
+    By Wilcoxon's signed ranks (Hodges and Lehmann 1963): a pause of the machine in one pair does not move it.
+    """
     logs = [math.log(other / plain) for plain, other in pairs]
-    mean = statistics.fmean(logs)
-    spread = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
-    quantile = 1.96 + 2.4 / max(1, len(logs) - 1)  # of Student's t, to a percent from ten pairs on
-    return {"ratio": math.exp(mean), "low": math.exp(mean - quantile * spread), "pairs": len(logs)}
+    means = sorted((one + other) / 2 for one, other in itertools.combinations_with_replacement(logs, 2))
+    count = len(logs)
+    spread = 1.96 * math.sqrt(count * (count + 1) * (2 * count + 1) / 24)
+    lowest = max(0, math.floor(count * (count + 1) / 4 - spread))
+    return {"ratio": math.exp(statistics.median(means)), "low": math.exp(means[lowest]), "pairs": count}
 
 
 def speculation(
@@ -89,44 +90,44 @@ def speculation(
     """Measure tokens a second with drafts against without, for every text, method and batch."""
     check_writable(results, "speculation")
     checkpoint = Checkpoint.open(model)
-    bench = Bench(checkpoint, load_model(checkpoint), Tokenizer(checkpoint))
+    parts = checkpoint, Tokenizer(checkpoint), load_model(checkpoint), load_model(checkpoint)
     texts = dict(one.split("=", 1) for one in text or ())
-    sources = {"repetitive": REPETITIVE} | {name: _read(Path(path)) for name, path in texts.items()}
-    found = [
-        {"text": name, "method": how, "batch": count} | _compare(bench, source, how, count, tokens, pairs, adaptive)
-        for name, source in sources.items()
-        for how in method or ("ngram", "suffix")
-        for count in batch or (1,)
-    ]
+    sources = {"repetitive": REPETITIVE} | {name: read_text(Path(path)) for name, path in texts.items()}
+    found, out = [], Output()
+    for how in method or ("ngram", "suffix"):
+        name, _, drafts = how.partition("=")
+        asked = Speculation(drafts, tokens, method=name, adaptive=adaptive)
+        for source, count in itertools.product(sources, batch or (1,)):
+            cell = _compare(parts, pieces(sources[source], parts[1]), asked, count, pairs)
+            found.append({"text": source, "method": how, "batch": count} | cell)
+            out.note(f"{source}, {how}, batch {count}: x {cell['ratio']:.3f}, with 95 % above {cell['low']:.3f}")
     keep("speculation", "demo", {"adaptive": adaptive, "tokens": tokens, "found": found}, results)
 
 
-def _compare(
-    bench: Bench, source: str, how: str, count: int, tokens: int, pairs: int, adaptive: bool
-) -> dict[str, Any]:
-    name, _, model = how.partition("=")
-    asked = Speculation(model, tokens, method=name, adaptive=adaptive)
-    pieces = bench.pieces(source)
-    speeds, tallies = [], []
-    for turn in range(pairs):
-        prompts = [next(pieces) for _ in range(count)]
-        order = (None, asked) if turn % 2 else (asked, None)
-        both = {one is not None: bench.turn(prompts, one) for one in order}
-        speeds.append((both[False][0], both[True][0]))
-        tallies.append(both[True][1])
-    emitted, steps = sum(one.emitted for one in tallies), sum(one.steps for one in tallies)
-    drafted, accepted = sum(one.tokens for one in tallies), sum(one.accepted for one in tallies)
-    said = statistics.fmean(one.speedup for one in tallies)
+def _compare(parts: Parts, prompts: Iterator[list[int]], asked: Speculation, count: int, pairs: int) -> dict[str, Any]:
+    """Turns of `count` requests at once, with drafts as `asked` and without."""
+    checkpoint, tokenizer, *models = parts
+    limits = Batching(max_num_seqs=max(2, count), enable_prefix_caching=False, max_model_len=512)
+    plain, drafting = (
+        Engine(checkpoint, model, tokenizer, limits, speculation=one)
+        for model, one in zip(models, (None, asked), strict=True)
+    )
+    race((plain, drafting), [next(prompts)])
+    speeds = [race((plain, drafting), [next(prompts) for _ in range(count)]) for _ in range(pairs)]
+    tally = drafting.stats().speculation
+    assert tally is not None
+    for engine in (plain, drafting):
+        engine.close()
     return ratio(speeds) | {
-        "tokens_per_step": emitted / max(1, steps),
-        "acceptance": accepted / max(1, drafted),
-        "speedup_said": said,
-        "tokens_per_s": statistics.median(speed for _, speed in speeds),
-        "tokens_per_s_without": statistics.median(speed for speed, _ in speeds),
+        "tokens_per_step": tally.length,
+        "acceptance": tally.acceptance,
+        "speedup_said": tally.speedup,
+        "tokens_per_s": statistics.median(drafted for _, drafted in speeds),
+        "tokens_per_s_without": statistics.median(alone for alone, _ in speeds),
     }
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """A text file; of JSON lines the texts, questions or messages in them."""
     try:
         content = path.read_text(encoding="utf-8")

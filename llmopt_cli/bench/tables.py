@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmopt_cli.bench.gap import gaps, where
@@ -26,13 +26,25 @@ COLUMNS: dict[str, tuple[str, str]] = {  # heading -> (metric, format), one row 
     "ITL p99 ms": ("p99_itl_ms", ",.2f"),
     "goodput/s": ("request_goodput", ",.2f"),
 }
+FORMULA = {
+    "as_asked": "formula, as asked for",
+    "as_drafted": "formula, drafts of the run",
+    "as_accepted": "formula, drafts and acceptance of the run",
+}
+DRAFTS: dict[str, tuple[str, str]] = {  # heading -> (figure, format)
+    "steps with a draft": ("share", ".0%"),
+    "tokens of it": ("length", ".2f"),
+    "acceptance": ("acceptance", ".0%"),
+    "tokens a step": ("tokens_per_step", ".2f"),
+    "speed-up": ("speedup", ".2f"),
+}
 
 
 def show(results: Sequence[Result]) -> list[RenderableType]:
     """Each result in full; several loads also side by side."""
     parts: list[RenderableType] = []
     for result in results:
-        parts += [_headline(result), _latencies(result), _remarks(result)]
+        parts += [_headline(result), _latencies(result), *_drafts(result), _remarks(result)]
     if len(results) > 1:
         rows = [
             [result.metrics["load"], *(_cell(result.metrics, *spec) for spec in COLUMNS.values())] for result in results
@@ -62,6 +74,18 @@ def _latencies(result: Result) -> RenderableType:
 def _foretold(result: Result, figure: str) -> tuple[str, str]:
     value, off = result.predicted.get(figure), result.off(figure)
     return "-" if value is None else f"{value:,.2f}", "-" if off is None else f"{off:+.0%}"
+
+
+def _drafts(result: Result) -> Iterator[RenderableType]:
+    """What speculation did, and what the closed form makes of it."""
+    found = result.metrics.get("speculation")
+    if found:
+        shown = {"measured": found["measured"]} | {FORMULA[name]: row for name, row in found["formula"].items()}
+        rows = [
+            [name, *(_cell(row, *spec) for spec in DRAFTS.values()), _cell(row.get("off", {}), "speedup", "+.0%")]
+            for name, row in shown.items()
+        ]
+        yield table("", ["speculation", *DRAFTS, "off by"], rows)
 
 
 def _remarks(result: Result) -> str:
@@ -136,5 +160,5 @@ def _quality(metrics: Mapping[str, Any]) -> str:
 
 
 def _cell(metrics: Mapping[str, Any], name: str, form: str) -> str:
-    value = metrics[name]
+    value = metrics.get(name)
     return "-" if value is None else format(value, form)

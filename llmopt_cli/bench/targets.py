@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
+from llmopt_cli.bench.drafts import Totals, totals
 from llmopt_cli.bench.metrics import Chunk, Reply
 from llmopt_cli.bench.prompts import Ask
 from llmopt_cli.runtime import AsyncEngine, Engine
@@ -76,3 +77,8 @@ class EngineTarget:
                 chunks.append(Chunk(time.perf_counter(), output.num_new_tokens))
             prompt_tokens, cached_tokens = output.num_prompt_tokens, output.num_cached_tokens
         return Reply(tuple(chunks), prompt_tokens, cached_tokens)
+
+    async def drafted(self) -> Totals | None:
+        """See `Drafting`."""
+        tally = self._engine.stats().speculation
+        return totals(tally) if tally else None

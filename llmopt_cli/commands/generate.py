@@ -39,6 +39,7 @@ def generate(
     spec_method: options.SpecMethodOpt = None,
     spec_model: options.SpecModelOpt = None,
     spec_tokens: options.SpecTokensOpt = None,
+    speculative_config: options.SpecConfigOpt = None,
     lora: Annotated[Path | None, typer.Option("--lora", help="A LoRA adapter in peft's format to answer with.")] = None,
     trust_remote_code: options.TrustOpt = False,
     as_json: options.JsonOpt = False,
@@ -61,18 +62,23 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
         adapter="lora" if lora else "",
-        kv_policy=parse_policy(kv_policy) if kv_policy else None,
+        kv_policy=None if kv_policy is None else parse_policy(kv_policy),
     )
 
     from llmopt_cli.runtime import Engine
+    from llmopt_cli.runtime.compression.door import refuse_unfit_policy
+    from llmopt_cli.spec.checkpoint import Checkpoint
     from llmopt_cli.spec.recipe import Recipe
 
     flags = {"dtype": dtype, "device": device, "kv_cache_dtype": kv_cache_dtype}
     batching = {"max_model_len": max_model_len, "kv_cache_memory_bytes": kv_cache_memory_bytes}
     batching |= {"enable_prefix_caching": enable_prefix_caching, "deterministic": deterministic}
     speculation = {"spec_method": spec_method, "spec_model": spec_model, "spec_tokens": spec_tokens}
+    speculation["speculative_config"] = speculative_config
     recipe = Recipe.resolve(None, model=model, **flags, **batching, **speculation)
     with out.progress(f"loading {model}") as report:
+        if params.kv_policy is not None:
+            refuse_unfit_policy(params.kv_policy, Checkpoint.open(model), recipe.batching)
         engine = Engine.from_recipe(recipe, trust_remote_code, report, {"lora": lora} if lora else None)
     tokenizer = engine.tokenizer
     ids = [tokenizer.chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text) for text in prompts]

@@ -113,7 +113,7 @@ def serve(
         max_num_queued_reqs=max_num_queued_reqs,
         shutdown_timeout=shutdown_timeout,
         schedule_log=schedule_log,
-        kv_policy=parse_policy(kv_policy) if kv_policy else None,
+        kv_policy=None if kv_policy is None else parse_policy(kv_policy),
     )
     out = Output(as_json=as_json, quiet=quiet)
     if more_loras and not lora_modules:
@@ -138,9 +138,18 @@ def _announce(out: Output, report: dict[str, Any]) -> None:
         ("reserve", _mib(report, "reserve")),
         ("context", f"{report['max_model_len']:,} tokens"),
         ("batch", f"{report['max_num_seqs']:,} requests, {report['max_num_batched_tokens']:,} tokens a step"),
+        *([("drafts", _drafts(report["speculation"]))] if report["speculation"] else []),
+        *([("KV policy", f"{report['kv_policy']} for requests that name none")] if report["kv_policy"] else []),
     ]
     out.note(lines(rows))
     out.note(f"\nserving on {report['url']} (Ctrl-C to stop)")
+
+
+def _drafts(report: dict[str, Any]) -> str:
+    """Who drafts, and how far."""
+    source = f"{report['method']} `{report['model']}`" if report["model"] else report["method"]
+    often = ", fewer or none where that is faster" if report["adaptive"] else " in every step"
+    return f"up to {report['num_speculative_tokens']} tokens by {source}{often}"
 
 
 def _mib(report: dict[str, Any], part: str) -> str:

@@ -220,6 +220,7 @@ def _check(found: Result) -> None:
         (found.verb != "bench", "no bench run"),
         (found.target != "engine", "a server: its settings are its own"),
         (found.partial, "an interrupted run"),
+        (bool(found.recipe.get("speculation")), "a run with drafts: what they bring is the text's"),
         (metrics.get("failed", 0) > FAILED * metrics.get("completed", 0), "a run with failed requests"),
         (not all(metrics.get(f"mean_{figure}") for figure in FITTED), "a run without TTFT and TPOT"),
     )

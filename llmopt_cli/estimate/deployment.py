@@ -8,22 +8,11 @@ from typing import Any, Self
 
 from llmopt_cli.errors import UsageError
 from llmopt_cli.estimate.constants import VLLM, Constants, default_batching, find_engine
+from llmopt_cli.estimate.draft import Draft
 from llmopt_cli.spec.hardware import Hardware
 from llmopt_cli.spec.model import ModelSpec
 from llmopt_cli.spec.recipe import Batching, Recipe
 from llmopt_cli.spec.scheme import KV_16, KvDtype, Scheme
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Speculative decoding, resolved: a model in 16 bits beside the target, drafting `tokens` a step.
-
-    `acceptance` is the probability that one drafted token is accepted.
-    """
-
-    spec: ModelSpec
-    tokens: int
-    acceptance: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from llmopt_cli.errors import CapacityError
 from llmopt_cli.estimate.choices import remark, sensible
 from llmopt_cli.estimate.compare import thinned
-from llmopt_cli.estimate.deployment import Deployment, Draft
+from llmopt_cli.estimate.deployment import Deployment
+from llmopt_cli.estimate.draft import Draft, model_draft
 from llmopt_cli.estimate.latency import StepModel
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.memory import sequence_bytes, weight_bytes
@@ -108,7 +109,7 @@ def ladder(question: Question) -> Ladder:
 def _rung(steps: list[_Step], index: int, longest: int) -> Rung:
     step, before, reference = steps[index], steps[max(0, index - 1)], steps[1]
     factor = step.tokens_per_s / before.tokens_per_s
-    draft = weight_bytes(step.on.draft.spec, BF16) if step.on.draft else 0.0
+    draft = step.on.draft.nbytes if step.on.draft else 0
     return Rung(
         name=step.name,
         batch=step.batch,
@@ -155,7 +156,7 @@ def _fp8_drafted(question: Question, on: Deployment, load: Load) -> _Step:
         return replace(alone, reason="the catalogue has no draft with its vocabulary")
     both = _continuous(f"{alone.name} + speculation", question, replace(quantized, draft=draft), load, "")
     factor = both.tokens_per_s / alone.tokens_per_s
-    drafts = f"{draft.tokens} tokens drafted by {draft.spec.name}, {draft.acceptance:.0%} accepted: x {factor:.2f}"
+    drafts = f"{draft.tokens} tokens drafted by {draft.name}, {draft.acceptance:.0%} accepted: x {factor:.2f}"
     said = "; ".join(filter(None, (known, drafts + (", it loses at this batch" if factor < 1 else ""))))
     return replace(both, reason=said, losing=said)
 
@@ -216,4 +217,4 @@ def find_draft(on: Deployment) -> Draft | None:
         and shares(entry.item, on.tp)
     ]
     best = min(fitting, key=lambda one: (one.architecture != spec.architecture, one.num_params), default=None)
-    return Draft(best, usual.num_speculative_tokens, usual.acceptance) if best else None
+    return model_draft(best, usual.num_speculative_tokens, usual.acceptance) if best else None

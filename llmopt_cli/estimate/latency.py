@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from llmopt_cli.estimate.constants import Constants
-from llmopt_cli.estimate.deployment import Deployment, Draft
+from llmopt_cli.estimate.deployment import Deployment
+from llmopt_cli.estimate.gemm import Matmul
 from llmopt_cli.estimate.layers import BF16, Layers
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.memory import budget, kv_values_per_layer, sequence_bytes
@@ -61,7 +62,7 @@ class StepModel:
         """Those of the engine on this GPU."""
         return self.on.engine.on(self.hardware)
 
-    def step(self, decodes: int, context: float, chunks: Sequence[Chunk] = (), width: int = 1) -> float:
+    def step(self, decodes: int, context: float, chunks: Sequence[Chunk] = (), width: float = 1) -> float:
         """One pass, through all pipeline stages: `width` tokens for each of `decodes` requests, and `chunks`.
 
         `context` is the mean number of tokens that those requests have in cache.
@@ -92,16 +93,38 @@ class StepModel:
         verifying, divided by the tokens they are expected to yield (arXiv 2211.17192, equation 1).
         """
         part, draft = math.ceil(batch / self.on.pp), self.on.draft
-        if draft is None or self._drafter is None:
+        if draft is None:
             return self.step(part, context)
-        drafting = draft.tokens * self._drafter.step(part, context)
-        verifying = self.step(part, context, width=draft.tokens + 1)
-        return (drafting + verifying) / expected_tokens(draft)
+        return self.round(part, context, draft.tokens) / expected_tokens(draft.acceptance, draft.tokens)
+
+    def round(self, batch: int, context: float, tokens: float) -> float:
+        """Proposing `tokens` (a mean, it may be a fraction) for each of `batch` requests, and verifying them."""
+        return self._proposing(batch, context, tokens) + self.step(batch, context, width=tokens + 1)
+
+    def _proposing(self, batch: int, context: float, tokens: float) -> float:
+        drafter = self._drafter
+        heads = sum(one.seconds(batch * (tokens if each else 1)) for one, each in self._heads)
+        if drafter is None:
+            return heads
+        # It runs inside of a step: what passes between two of them is met once.
+        return tokens * (heads + drafter.step(batch, context) - drafter.constants.step_s)
 
     @cached_property
     def _drafter(self) -> StepModel | None:
-        draft = self.on.draft
-        return StepModel(replace(self.on, spec=draft.spec, scheme=BF16, draft=None)) if draft else None
+        """What runs for each drafted token, in 16 bits, or in 32 as the target does."""
+        spec = self.on.draft.spec if self.on.draft else None
+        return StepModel(replace(self.on, spec=spec, scheme=self._draft_scheme, draft=None)) if spec else None
+
+    @cached_property
+    def _heads(self) -> list[tuple[Matmul, bool]]:
+        """What is multiplied beside it, and whether that is done for each drafted token."""
+        products = self.on.draft.products if self.on.draft else ()
+        matmul = self._layers.rates.matmul
+        return [(matmul(self._draft_scheme, one.rows / self.tp, one.columns), one.each) for one in products]
+
+    @property
+    def _draft_scheme(self) -> Scheme:
+        return self.scheme if self.scheme.weight_bits > 16 else BF16
 
     def prefill(self, tokens: int, cached: int = 0) -> float:
         """The prompt of one request, up to its first token; the first `cached` tokens are in the prefix cache.
@@ -193,12 +216,12 @@ class StepModel:
     def _layers(self) -> Layers:
         return Layers(self.on, self.constants)
 
-    def _hops(self, tokens: int) -> float:
+    def _hops(self, tokens: float) -> float:
         """Hidden states in 16 bits from stage to stage."""
         c, moved = self.constants, tokens * self.spec.hidden_size * 2
         return (self.on.pp - 1) * (c.hop_s + moved / (self.hardware.link_bandwidth * c.link_efficiency))
 
-    def _decode_attention(self, batch: int, context: float, width: int = 1) -> float:
+    def _decode_attention(self, batch: int, context: float, width: float = 1) -> float:
         """Reads the cache once; in the latent space of MLA every head multiplies all of it (arXiv 2405.04434, 2.1)."""
         reading, multiplying = self._attention_s
         cached = batch * context / self.on.attention_dp
@@ -228,7 +251,7 @@ class StepModel:
         rate = self.hardware.flops() * self.constants.attention_compute_efficiency
         return 2 * dims * spec.num_heads / self.on.tp / rate
 
-    def _head(self, positions: int) -> float:
+    def _head(self, positions: float) -> float:
         per_position, weights = self._head_s
         return max(positions / self.on.attention_dp * per_position, weights)
 
@@ -247,6 +270,9 @@ def _causal_pairs(tokens: int, window: int | None) -> float:
     return window * (tokens - window / 2)
 
 
-def expected_tokens(draft: Draft) -> float:
-    """Tokens that one round of drafting and verifying yields: (1 - a^(k+1)) / (1 - a) for acceptance a of k drafted."""
-    return sum(draft.acceptance**index for index in range(draft.tokens + 1))
+def expected_tokens(acceptance: float, drafted: float) -> float:
+    """Tokens that one round of drafting and verifying yields: (1 - a^(k+1)) / (1 - a) for acceptance a of k drafted.
+
+    Every drafted token is accepted with the same chance once those before it are (arXiv 2211.17192, equation 1).
+    """
+    return drafted + 1 if acceptance == 1 else (1 - acceptance ** (drafted + 1)) / (1 - acceptance)

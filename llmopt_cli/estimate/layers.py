@@ -27,14 +27,14 @@ class Layers:
     on: Deployment
     constants: Constants
 
-    def seconds(self, tokens: int) -> float:
+    def seconds(self, tokens: float) -> float:
         """One pass of `tokens` tokens, those of all groups of data parallel attention together."""
         fixed, per_token = self._flat
         own = tokens / self.on.attention_dp
         found = fixed + own * per_token + sum([count * one.seconds(own) for count, one in self._products])
         return found + self._experts(tokens) if self.on.spec.experts else found
 
-    def _experts(self, tokens: int) -> float:
+    def _experts(self, tokens: float) -> float:
         """Of E experts, k a token, T tokens drawing independently touch E x (1 - (1 - k/E)^T)."""
         spec, moe = self.on.spec, self.on.spec.experts
         assert moe

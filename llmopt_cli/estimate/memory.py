@@ -14,7 +14,7 @@ from llmopt_cli.estimate.deployment import Deployment
 from llmopt_cli.estimate.pool import Pool, find_pool, static_fraction
 from llmopt_cli.spec.model import Matrix, ModelSpec
 from llmopt_cli.spec.recipe import Batching
-from llmopt_cli.spec.scheme import COVERED, Scheme, find_scheme
+from llmopt_cli.spec.scheme import COVERED, Scheme
 
 Layout = Literal["engine", "llmopt"]
 KV_BYTES = 2.0  # a cached value in 16 bits
@@ -188,7 +188,7 @@ def own_budget(spec: ModelSpec, batching: Batching, free: int, weights: int, byt
 def budget(on: Deployment) -> Budget:
     """Memory of the fullest GPU. vLLM: KV = utilization x usable - weights - activation peak - non-torch."""
     engine, batching, pool = on.engine, on.batching, find_pool(on.engine)
-    draft = weight_bytes(on.draft.spec, find_scheme("bf16")) / on.tp if on.draft else 0.0
+    draft = on.draft.nbytes / on.tp if on.draft else 0.0
     return Budget(
         usable=_usable(on, pool),
         weights=gpu_weight_bytes(on) + draft,
@@ -222,7 +222,8 @@ def sequence_bytes(on: Deployment, length: int) -> float:
     tokens = math.ceil(length / on.batching.block_size) * on.batching.block_size
     cache = kv_sequence_bytes(spec, tokens, on.kv_bytes, on.attention_tp, layout)
     state = state_bytes(spec, on.attention_tp) if layout == "engine" else 0.0
-    draft = kv_sequence_bytes(on.draft.spec, tokens, tp=on.tp, layout=layout) if on.draft else 0.0
+    drafts = on.draft.spec if on.draft else None
+    draft = kv_sequence_bytes(drafts, tokens, tp=on.tp, layout=layout) if drafts else 0.0
     return (cache + state) * _stage(on) + draft
 
 

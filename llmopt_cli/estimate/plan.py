@@ -16,6 +16,7 @@ from llmopt_cli.estimate.memory import Budget, budget, sequence_bytes
 from llmopt_cli.estimate.question import Question
 from llmopt_cli.estimate.rules import Comparison, side_by_side
 from llmopt_cli.estimate.slo import keep_up
+from llmopt_cli.estimate.speculation import Decoding, Gain
 from llmopt_cli.estimate.splits import Split
 from llmopt_cli.estimate.work import work
 from llmopt_cli.spec.hardware import GIB
@@ -52,7 +53,10 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """The load on the recommended GPUs with `batch` requests at once. Seconds; tokens are output tokens."""
+    """The load on the recommended GPUs with `batch` requests at once. Seconds; tokens are output tokens.
+
+    `speculation` is what drafts make of decoding, and is in all these figures.
+    """
 
     batch: int
     prefill: float
@@ -62,6 +66,7 @@ class Speed:
     tpot_band: Band | None
     tokens_per_s: float
     throughput_band: Band | None
+    speculation: Gain | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +189,7 @@ def _speed(step: StepModel, load: Load) -> Speed:
         tpot_band=_band("tpot_ms", step.on),
         tokens_per_s=work(step, load).tokens_per_s,
         throughput_band=_band("offline_tok_s", step.on),
+        speculation=Decoding(step, load.concurrency, load.context).asked() if step.on.draft else None,
     )
 
 

@@ -5,7 +5,7 @@ Knows no result file and fits nothing. All figures are means in a steady state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +13,11 @@ from llmopt_cli.errors import UsageError
 from llmopt_cli.estimate import host
 from llmopt_cli.estimate.constants import find_engine
 from llmopt_cli.estimate.deployment import Deployment
+from llmopt_cli.estimate.draft import resolve_draft
 from llmopt_cli.estimate.latency import StepModel
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.slo import keep_up, request_rate
+from llmopt_cli.estimate.speculation import Decoding
 from llmopt_cli.spec.catalog import find_model
 from llmopt_cli.spec.checkpoint import BUNDLED, read_json
 from llmopt_cli.spec.recipe import Recipe
@@ -32,7 +34,8 @@ MOST = 4096  # requests at once, above which an open loop counts as one that is 
 class Prediction:
     """Mean seconds to the first token and for each one after it, output tokens a second of all requests together.
 
-    `bound` is what takes the largest part of a token's time; `basis` is whose constants these are.
+    `bound` is what takes the largest part of a token's time; `basis` is whose constants these are; `decoding` is None
+    without speculation.
     """
 
     ttft: float
@@ -40,6 +43,7 @@ class Prediction:
     output_throughput: float
     bound: Bound
     basis: str
+    decoding: Decoding | None
 
     def record(self) -> dict[str, Any]:
         """As a result keeps it, figures named as in its metrics."""
@@ -49,7 +53,7 @@ class Prediction:
             "output_throughput": self.output_throughput,
             "bound": self.bound,
             "basis": self.basis,
-        }
+        } | ({"speculation": asdict(self.decoding.asked())} if self.decoding else {})
 
 
 def expect(recipe: Recipe, workload: Workload, environment: Environment) -> Prediction:
@@ -70,14 +74,15 @@ def expect(recipe: Recipe, workload: Workload, environment: Environment) -> Pred
         output_throughput=(rate or request_rate(step, load)) * load.output_len,
         bound=bound(on, load),
         basis=known.basis() if known else f"constants of {on.engine.name}, not calibrated on {on.hardware.name}",
+        decoding=Decoding(step, step.running(load), load.context) if on.draft else None,
     )
 
 
 def deployment(recipe: Recipe, environment: Environment) -> Deployment:
     """The engine that ran (or will run) `recipe` in `environment`, with the constants it has everywhere."""
-    scheme = stored_scheme(recipe)
+    spec, scheme = find_model(recipe.model), stored_scheme(recipe)
     return Deployment(
-        spec=find_model(recipe.model),
+        spec=spec,
         hardware=host.accelerator_of(environment, recipe.device, scheme),
         scheme=scheme,
         tp=recipe.tensor_parallel_size or 1,
@@ -85,6 +90,7 @@ def deployment(recipe: Recipe, environment: Environment) -> Deployment:
         engine=find_engine(recipe.engine),
         kv=cache_of(recipe.kv_cache_dtype, scheme),
         batching=recipe.batching,
+        draft=resolve_draft(recipe.speculation, spec) if recipe.speculation else None,
     )
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from llmopt_cli.errors import UsageError
 from llmopt_cli.estimate.constants import find_engine
-from llmopt_cli.estimate.deployment import Deployment, Draft
+from llmopt_cli.estimate.deployment import Deployment
+from llmopt_cli.estimate.draft import resolve_draft
 from llmopt_cli.estimate.host import find_accelerator, tuned
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.splits import GPU_COUNTS, Split, shares, split_over
 from llmopt_cli.spec.catalog import find_model
 from llmopt_cli.spec.hardware import Hardware
-from llmopt_cli.spec.recipe import Recipe, Speculation
+from llmopt_cli.spec.recipe import Recipe
 from llmopt_cli.spec.scheme import cache_of, find_scheme
 
 
@@ -56,25 +57,20 @@ def ask(recipe: Recipe, load: Load, gpu_price: float | None = None) -> Question:
         raise UsageError("no accelerator given", "add `--gpu a100` or `--gpu h100x4`; all of them: `llmopt gpus`")
     scheme = find_scheme(recipe.scheme or recipe.dtype)
     hardware, count = find_accelerator(recipe.gpu, scheme)
+    spec = find_model(recipe.model)
     base = Deployment(
-        spec=find_model(recipe.model),
+        spec=spec,
         hardware=hardware,
         scheme=scheme,
         engine=find_engine(recipe.engine),
         kv=cache_of(recipe.kv_cache_dtype, scheme),
         batching=recipe.batching,
-        draft=_draft(recipe.speculation),
+        draft=resolve_draft(recipe.speculation, spec) if recipe.speculation else None,
     )
     cuts = _cuts(base, count, recipe.tensor_parallel_size, recipe.pipeline_parallel_size)
     question = Question(tuned(base), load, cuts, price_of(hardware, gpu_price))
     _check_lengths(question)
     return question
-
-
-def _draft(speculation: Speculation | None) -> Draft | None:
-    if speculation is None or not speculation.model:
-        return None  # lookups cost nothing that could be estimated, and bring what the text allows
-    return Draft(find_model(speculation.model), speculation.num_speculative_tokens, speculation.acceptance)
 
 
 def _check_lengths(question: Question) -> None:

@@ -46,11 +46,12 @@ class Rotation:
 
 
 def find_rotations(loaded: LoadedModel, layers: Sequence[PagedLayer]) -> list[Rotation]:
-    """The rotation of each layer's keys; ModelError, without a subject, if one has others."""
-    angles = getattr(loaded.model.config, "rope_parameters", None) or {}
-    kind = angles.get("rope_type", "default") if isinstance(angles, dict) else "default"
-    if kind in BY_LENGTH:
-        raise ModelError(f"turns keys by angles that depend on the length ({kind})")
+    """The rotation of each layer's keys; ModelError, without a subject, if one has others.
+
+    Runs single tokens through the model, which nobody else may run meanwhile.
+    """
+    if reason := by_length(getattr(loaded.model.config, "rope_parameters", None)):
+        raise ModelError(reason)
     buffers = loaded.model.named_buffers()
     tables = [buffer for path, buffer in buffers if path.endswith("inv_freq") and buffer.ndim == 1]
     candidates = [Rotation(table.double().cpu(), paired) for table in tables for paired in (False, True)]
@@ -64,6 +65,12 @@ def find_rotations(loaded: LoadedModel, layers: Sequence[PagedLayer]) -> list[Ro
             raise ModelError("has learned positions, or others that are no plain rotation of keys")
         found.append(fitting[0])
     return found
+
+
+def by_length(angles: object) -> str:
+    """Why keys can't be turned by such angles, the rotary part of a config; empty if they can as far as that tells."""
+    kind = angles.get("rope_type", angles.get("type")) if isinstance(angles, dict) else None
+    return f"turns keys by angles that depend on the length ({kind})" if kind in BY_LENGTH else ""
 
 
 @torch.inference_mode()

@@ -103,15 +103,24 @@ class Answers:
         return found + next_tokens([self.live[name] for name in names], logits)
 
     def _take_drafted(self, chunks: Sequence[Chunk], logits: Tensor) -> tuple[list[RequestOutput], list[Chunk], Tensor]:
-        """The outputs of those with drafts; the other chunks, and their rows."""
-        ends = list(itertools.accumulate(chunk.num_logits for chunk in chunks))
+        """The outputs of those with drafts, and of others that can be judged with them; the rest, and their rows."""
+        judged = [chunk.drafts > 0 or self._is_greedy(chunk) for chunk in chunks]
+        lives = [self.live[chunk.request_id] for chunk in itertools.compress(chunks, judged)]
+        counts = [chunk.num_logits for chunk in itertools.compress(chunks, judged)]
+        if sum(counts) == len(logits):
+            return verified_tokens(lives, counts, logits), [], logits[:0]
         rows = {True: list[int](), False: list[int]()}
-        for chunk, end in zip(chunks, ends, strict=True):
-            rows[chunk.drafts > 0] += range(end - chunk.num_logits, end)
-        drafted = [chunk for chunk in chunks if chunk.drafts]
-        lives = [self.live[chunk.request_id] for chunk in drafted]
-        outputs = verified_tokens(lives, [chunk.num_logits for chunk in drafted], logits[rows[True]])
-        return outputs, [chunk for chunk in chunks if not chunk.drafts], logits[rows[False]]
+        ends = itertools.accumulate(chunk.num_logits for chunk in chunks)
+        for chunk, end, mine in zip(chunks, ends, judged, strict=True):
+            rows[mine] += range(end - chunk.num_logits, end)
+        left = [chunk for chunk, mine in zip(chunks, judged, strict=True) if not mine]
+        return verified_tokens(lives, counts, logits[rows[True]]), left, logits[rows[False]]
+
+    def _is_greedy(self, chunk: Chunk) -> bool:
+        """Whether what comes next for a request is what its row finds likeliest, and nobody else waits for that."""
+        live = self.live.get(chunk.request_id)  # None for a beam
+        alone = live is not None and live.params.temperature == 0 and not live.params.beams
+        return alone and chunk.samples and not chunk.scored and chunk.request_id not in self._twins
 
     def end(self, outputs: Sequence[RequestOutput]) -> bool:
         """Note what requests got, and let those go of which it was the last; whether there were any."""

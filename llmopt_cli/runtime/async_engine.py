@@ -141,7 +141,8 @@ class AsyncEngine:
 
         Raises at the first step what `Engine.add_request` raises, and ServerError if the engine died or was stopped.
         """
-        self.engine.check(prompt_ids, params)
+        if params.kv_policy is None:  # to check one may take the model, which is the engine's thread's
+            self.engine.check(prompt_ids, params)
         request_id = request_id or f"stream-{next(self._ids)}"
         if request_id in self._mailboxes:
             raise UsageError(f"request id `{request_id}` is already running")

@@ -79,7 +79,7 @@ class Engine:
             proposer = make_proposer(speculation, drafter, loaded, self.cache_size, self.batching)
             self._speculator = Speculator(proposer, speculation.num_speculative_tokens, speculation.adaptive)
             self._runner.see = self._speculator.see
-        self._loaded = loaded
+        self._loaded, self._speculation = loaded, speculation
         blocks = BlockPool(self.cache_size.num_blocks)
         self._state = SchedulerState(self.batching, blocks, share_prefixes=batching.enable_prefix_caching)
         self._seed = os.urandom(16)  # so that nobody can make up prompts whose hashes meet
@@ -111,8 +111,7 @@ class Engine:
         tokenizer = Tokenizer(checkpoint, trust_remote_code)
         batching = batching or Batching()
         # What is wrong or does not fit is told before the weights are read.
-        if speculation is not None:
-            refuse_unfit(speculation, checkpoint, tokenizer)
+        refuse_unfit(speculation, checkpoint, tokenizer)
         place = pick_device(device)
         kind = pick_dtype(dtype, read_config(checkpoint, trust_remote_code), place)
         kv_dtype = cache_dtype(kv_cache_dtype, kind)
@@ -304,6 +303,7 @@ class Engine:
             "max_num_seqs": self.batching.max_num_seqs,
             "max_num_batched_tokens": self.batching.max_num_batched_tokens,
             "adapters": self.adapters,
+            "speculation": self._speculation and self._speculation.record(),
             "fused": dict(self._loaded.fused),
         }
 

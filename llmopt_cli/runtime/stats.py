@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
 class Tally:
-    """Totals since start: drafts, their tokens, and how many stood at each place of a draft."""
+    """Totals since start: drafts, their tokens, and how many stood at each place of a draft.
+
+    `judged` are those that stood and the first of each draft that did not: what lies behind it says nothing.
+    """
 
     drafts: int = 0
     tokens: int = 0
@@ -15,7 +19,8 @@ class Tally:
     steps: int = 0  # of requests while they decode, with a draft or without
     emitted: int = 0  # tokens that those brought
     seconds: float = 0.0  # that steps took in which all requests were decoding, drafting included
-    alone: float = 0.0  # and how long those would have taken that bring as many tokens without drafts
+    alone: float = 0.0  # and how long those would have taken that bring as many tokens without drafts, as was measured
+    judged: int = 0
 
     def add(self, drafted: int, stood: int) -> None:
         """One more step of one request."""
@@ -24,6 +29,7 @@ class Tally:
         if drafted:
             self.drafts += 1
             self.tokens += drafted
+            self.judged += min(stood + 1, drafted)
             self.stood += [0] * (drafted - len(self.stood))
             for place in range(stood):
                 self.stood[place] += 1
@@ -35,8 +41,8 @@ class Tally:
 
     @property
     def speedup(self) -> float:
-        """How much longer decoding would have taken without drafts."""
-        return self.alone / self.seconds if self.seconds else 1.0
+        """How much longer decoding would have taken without drafts; NaN as long as no step without was seen."""
+        return self.alone / self.seconds if self.seconds else math.nan
 
     @property
     def acceptance(self) -> float:

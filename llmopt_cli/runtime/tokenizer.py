@@ -17,9 +17,10 @@ class Tokenizer:
 
         try:
             self._hf: Any = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001  for a damaged tokenizer.json there is no narrower class
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ModelError(f"`{checkpoint.path}` has no usable tokenizer: {reason}") from None
+            hint = "its tokenizer.json must be the one it was published with: download it again"
+            raise ModelError(f"`{checkpoint.path}` has no usable tokenizer: {reason}", hint) from None
         self.backend: Any = getattr(self._hf, "backend_tokenizer", None)
         if self.backend is None:
             raise ModelError(f"the tokenizer of `{checkpoint.name}` has no tokenizer.json, which streaming text needs")

@@ -27,6 +27,7 @@ from llmopt_cli.server.metrics import CONTENT_TYPE
 from llmopt_cli.server.openai import OpenAIApi
 from llmopt_cli.server.service import Service, Settings
 from llmopt_cli.server.streaming import ClientGoneError
+from llmopt_cli.spec.checkpoint import Checkpoint
 from llmopt_cli.spec.recipe import Recipe
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's word for an answer that nobody waits for
@@ -48,13 +49,17 @@ def run(
     with _listen(settings.host, settings.port) as listener:
         # They bring torch: not before the port is known to be free.
         from llmopt_cli.runtime import AsyncEngine, Engine, SamplingParams
+        from llmopt_cli.runtime.compression.door import refuse_unfit_policy
 
+        if settings.kv_policy is not None:
+            refuse_unfit_policy(settings.kv_policy, Checkpoint.open(recipe.model), recipe.batching)
         engine = Engine.from_recipe(recipe, trust_remote_code, adapters=adapters)
         engine.check([0], SamplingParams(kv_policy=settings.kv_policy))
         if settings.schedule_log:
             engine.record(settings.schedule_log)
         service = Service(AsyncEngine(engine), settings)
-        announce(engine.startup_report() | {"url": _url(listener)})
+        policy = settings.kv_policy and str(settings.kv_policy)
+        announce(engine.startup_report() | {"kv_policy": policy, "url": _url(listener)})
         Server(service).run(sockets=[listener])
 
 

@@ -58,6 +58,11 @@ SPECULATION = {  # name -> field of Tally, where something is drafted
     "spec_decode_num_drafts": ("Drafts verified.", "drafts"),
     "spec_decode_num_draft_tokens": ("Tokens drafted.", "tokens"),
     "spec_decode_num_accepted_tokens": ("Drafted tokens that stood.", "accepted"),
+    "spec_decode_num_judged_tokens": ("Those, and the first of each draft that did not.", "judged"),
+    "spec_decode_num_steps": ("Steps of requests while they decode.", "steps"),
+    "spec_decode_num_step_tokens": ("Tokens that those brought.", "emitted"),
+    "spec_decode_step_seconds": ("Time of steps in which all requests were decoding, drafting included.", "seconds"),
+    "spec_decode_undrafted_step_seconds": ("What as many tokens would have taken without drafts.", "alone"),
 }
 SPECULATION_GAUGES = {
     "spec_decode_acceptance_length": ("Tokens that a request gets by a step.", "length"),

@@ -18,6 +18,7 @@ POLICIES = ("fcfs", "priority")
 SPECULATION = {"draft_model": True, "ngram": False, "suffix": False, "medusa": True, "eagle": True}  # by a model?
 MOST_DRAFTED = 64
 SPEC_FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 EXAMPLE = """for example `--speculative-config '{"method": "ngram", "num_speculative_tokens": 4}'`"""
 
 
@@ -96,6 +97,10 @@ class Speculation:
             raise ValueError(f"speculation by {method} needs a model")
         object.__setattr__(self, "method", method)
 
+    def record(self) -> dict[str, Any]:
+        """What a report names of it."""
+        return {name: getattr(self, name) for name in ("method", "model", "num_speculative_tokens", "adaptive")}
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -140,10 +145,9 @@ class Recipe:
         speculation = {field: given.pop(flag) for flag, field in SPEC_FLAGS.items() if flag in given}
         config = given.pop("speculative_config", None)
         batching = {key: given.pop(key) for key in list(given) if key in Batching.__dataclass_fields__}
+        if config is not None or speculation:
+            given["speculation"] = _speculation(recipe.speculation, _read_config(config) | speculation)
         try:
-            if config or speculation:
-                known = {} if recipe.speculation is None else asdict(recipe.speculation)
-                given["speculation"] = Speculation(**(known | _read_config(config) | speculation))
             return replace(recipe, batching=replace(recipe.batching, **batching), **given)
         except ValueError as error:
             raise UsageError(str(error)) from None
@@ -165,17 +169,29 @@ class Recipe:
             raise UsageError(f"cannot write `{path}`: {error.strerror}", "name another file with -o") from None
 
 
+def _speculation(known: Speculation | None, asked: dict[str, Any]) -> Speculation:
+    """What is `known`, overridden by what is asked for."""
+    try:
+        return Speculation(**(({} if known is None else asdict(known)) | asked))
+    except ValueError as error:
+        hint = "for example `--spec-method ngram --spec-tokens 4`, or `--spec-method draft_model --spec-model SMALLER`"
+        raise UsageError(str(error), hint) from None
+
+
 def _read_config(text: str | None) -> dict[str, Any]:
     """The fields that a JSON object names; UsageError for a text that is none, or names others."""
     try:
-        found = json.loads(text or "{}")
+        found = json.loads("{}" if text is None else text)
     except ValueError as error:
         raise UsageError(f"--speculative-config is no JSON: {error}", EXAMPLE) from None
     if not isinstance(found, dict):
         raise UsageError("--speculative-config is no JSON object", EXAMPLE)
-    known = {one.name for one in fields(Speculation)}
-    if strange := found.keys() - known:
+    known = {one.name: type(one.default) for one in fields(Speculation)}
+    if strange := found.keys() - known.keys():
         raise UsageError(f"--speculative-config has no key `{min(strange)}`", f"it has {', '.join(sorted(known))}")
+    for name, value in found.items():
+        if type(value) not in (known[name], *([int] if known[name] is float else [])):
+            raise UsageError(f"--speculative-config: {name} must be {KINDS[known[name]]}, not {value!r}", EXAMPLE)
     return found
 
 

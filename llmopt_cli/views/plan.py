@@ -213,9 +213,18 @@ def _speed_lines(plan: Plan) -> str:
             ("TTFT", _with_band(speed.ttft, speed.ttft_band)),
             ("TPOT", _with_band(speed.tpot, speed.tpot_band)),
             ("output", _throughput(speed, fit)),
+            *_speculation_lines(plan),
             *_cost_lines(plan, fit.gpus, speed.tokens_per_s),
         ]
     )
+
+
+def _speculation_lines(plan: Plan) -> list[tuple[str, str]]:
+    gain, draft = plan.speed and plan.speed.speculation, plan.question.base.draft
+    if not gain or not gain.speedup or not draft:
+        return []
+    said = f"x {plain(gain.speedup, 3)} in decoding: {gain.length:g} tokens a step by {draft.name}, each accepted with "
+    return [("drafts", said + f"chance {gain.acceptance:g} (assumed), make {gain.tokens_per_step:.2f} tokens a step")]
 
 
 def _throughput(speed: Speed, fit: Fit) -> str:

@@ -99,6 +99,15 @@ def test_a_wide_gap_is_said_to_be_where_the_result_shows_it(result: Result, said
     assert "far off" in text(result)
 
 
+def test_drafts_that_bring_less_than_assumed_are_a_reason() -> None:
+    found = {"measured": {"tokens_per_step": 1.2}}
+    for brought, said in ((1.2, True), (2.4, False)):
+        asked = {"tokens_per_step": 2.5, "off": {"tokens_per_step": 2.5 / brought - 1}}
+        metrics = METRICS | {"speculation": {**found, "formula": {"as_asked": asked}}}
+        reasons = "; ".join(where(replace(with_predicted(mean_tpot_ms=2.0), metrics=metrics)))
+        assert ("drafts made 1.20 tokens a step where 2.50 were assumed" in reasons) is said
+
+
 def test_a_busy_machine_is_no_reason_for_being_faster_than_predicted() -> None:
     busy = replace(with_predicted(mean_tpot_ms=9.0), environment=replace(ENVIRONMENT, load_average=6.5))
     assert "busy" not in "; ".join(where(busy))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,9 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from llmopt_cli.bench.environment import fingerprint
+from llmopt_cli.bench.tables import show
 from llmopt_cli.commands.bench import _command_line
-from llmopt_cli.spec.result import read_results
+from llmopt_cli.estimate.host import Machine, keep
+from llmopt_cli.spec.result import Result, read_results
 
 LLMOPT = [sys.executable, "-m", "llmopt_cli"]
 ENVIRONMENT = os.environ | {"NO_COLOR": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -34,6 +39,32 @@ def test_each_concurrency_is_one_result_on_stdout_and_in_the_file(tmp_path: Path
         assert one["recipe"]["batching"]["max_num_seqs"] == 5
         assert (one["seed"], one["workload"]["seed"]) == (9, 9)
         assert one["command"].startswith("llmopt bench --workload decode")
+
+
+def test_drafts_are_told_beside_what_the_formula_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "LLMOPT_CONFIG_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("LLMOPT_CONFIG_DIR", str(tmp_path / "own"))
+    here = fingerprint()
+    keep(Machine(here.cpu, here.cores, 1, here.gpu, here.date, 2**33, 20.0, {"float32": 0.1, "bfloat16": 0.2}))
+    config = json.dumps({"method": "ngram", "num_speculative_tokens": 3, "acceptance": 0.6, "adaptive": False})
+    run = llmopt(*SHORT, "-c", "1", "--speculative-config", config, "--json", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    (result,) = map(Result.parse, map(json.dumps, json.loads(run.stdout)))
+    found, expected = result.metrics["speculation"], result.predicted["speculation"]
+    measured, formula = found["measured"], found["formula"]
+    assert 0 < measured["share"] <= 1 < measured["tokens_per_step"]
+    assert 0 < measured["acceptance"] <= 1
+    assert {key: formula["as_asked"][key] for key in expected} == expected
+    assert (expected["acceptance"], expected["length"], expected["share"]) == (0.6, 3, 1)
+    assert formula["as_drafted"]["length"] == formula["as_accepted"]["length"] == measured["length"] <= 3
+    assert formula["as_accepted"]["acceptance"] == measured["acceptance"]
+    for row in formula.values():
+        assert row["off"]["speedup"] == pytest.approx(row["speedup"] / measured["speedup"] - 1)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(*show([result]))
+    shown = {line[:30].strip(): line.split() for line in console.export_text().splitlines()}
+    assert f"{measured['speedup']:.2f}" in shown["measured"]
+    assert f"{expected['speedup']:.2f}" in shown["formula, as asked for"]
 
 
 def test_people_get_tables_on_stdout_and_talk_on_stderr(tmp_path: Path) -> None:

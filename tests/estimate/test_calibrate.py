@@ -150,6 +150,9 @@ def test_what_says_nothing_is_skipped_with_its_reason_and_does_no_harm(tmp_path:
     foreign = replace(one, environment=replace(ENVIRONMENT, cpu="another"))
     others = {
         "an interrupted run": replace(one, partial=True),
+        "a run with drafts: what they bring is the text's": replace(
+            one, recipe={**one.recipe, "speculation": {"method": "ngram"}}
+        ),
         "a run with failed requests": replace(one, metrics=one.metrics | {"failed": 9}),
         "a run without TTFT and TPOT": replace(one, metrics=one.metrics | {"mean_tpot_ms": None}),
         "a server: its settings are its own": replace(one, target="http://127.0.0.1:8000"),

@@ -129,7 +129,7 @@ def test_a_draft_shares_the_vocabulary() -> None:
     assert recommended
     draft = find_draft(recommended.on)
     assert draft
-    assert (draft.spec.name, draft.tokens, draft.acceptance) == (
+    assert (draft.name, draft.tokens, draft.acceptance) == (
         "Llama-3.2-1B",
         Speculation("any").num_speculative_tokens,
         Speculation("any").acceptance,

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt_cli.errors import CapacityError
-from llmopt_cli.estimate.deployment import Deployment, Draft
+from llmopt_cli.estimate.deployment import Deployment
+from llmopt_cli.estimate.draft import model_draft
 from llmopt_cli.estimate.latency import StepModel
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.memory import kv_bytes_per_token
@@ -130,7 +131,7 @@ def test_one_request_alone_takes_dispatch_prefill_and_decode_steps() -> None:
 
 def test_a_draft_yields_its_expected_tokens() -> None:
     plain = deploy(find_model("llama-3.1-8b"))
-    drafted = replace(plain, draft=Draft(SMALL, tokens=4, acceptance=0.8))
+    drafted = replace(plain, draft=model_draft(SMALL, tokens=4, acceptance=0.8))
     workload = traffic(Lengths(mean=200), Lengths(mean=200), 20, concurrency=4)
     without, with_draft = (simulate(on, workload).tpot for on in (plain, drafted))
     assert without

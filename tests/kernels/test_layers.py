@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from llmopt_kernels import Layer, PagedBatch, Pages, Rowwise, Rule, Span, Stack, Weights, cpu, reference
+from llmopt_kernels.paging import SHORT
 
 SIZE = 4  # tokens of a block
 CPU = torch.device("cpu")
@@ -110,16 +111,16 @@ def test_steps_over_a_cache_are_the_layers_over_the_whole_sequence(kind: str) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("requests", [1, 17, 40])
-def test_compiled_layers_equal_the_reference(kind: str, requests: int) -> None:
+@pytest.mark.parametrize("lengths", [[1], [4], [1] * 17, [1, 3, 2, 4] * 4], ids=["one", "drafts", "17", "ragged"])
+def test_compiled_layers_equal_the_reference(kind: str, lengths: list[int]) -> None:
     torch.manual_seed(1)
     layers = [make(torch.bfloat16, **KINDS[kind]) for _ in range(2)]
     for layer in layers:
         layer.k.values.normal_()
         layer.v.values.normal_()
     twins = [replace(layer, k=Pages(layer.k.values.clone()), v=Pages(layer.v.values.clone())) for layer in layers]
-    x = torch.randn(requests, layers[0].weights.norm.numel()).bfloat16()
-    spans = [Span(1, 1 + number % 4, [number]) for number in range(requests)]
+    x = torch.randn(sum(lengths), layers[0].weights.norm.numel()).bfloat16()
+    spans = [Span(length, min(SIZE, length + number % 4), [number]) for number, length in enumerate(lengths)]
     batch, stack = PagedBatch(spans, SIZE, CPU), Stack(layers)
     if not stack.runs(x, batch):
         pytest.skip("this machine has no compiled product of bfloat16")
@@ -139,13 +140,13 @@ def test_what_the_op_does_not_take_is_left_to_the_parts() -> None:
     assert Stack([layer]).runs(x, batch) is able
     eight = Pages.empty(64 * SIZE, 2, 16, torch.int8, CPU)
     odd = replace(layer.weights, down=layer.weights.down[:, :47].contiguous(), gate_up=layer.weights.gate_up[:94])
-    mixed = PagedBatch([Span(1, 1, [0]), Span(3, 3, [1])], SIZE, CPU)
+    mixed = PagedBatch([Span(1, 1, [0]), Span(SHORT + 1, SHORT + 1, [1, 2, 3])], SIZE, CPU)
     assert not Stack([]).runs(x, batch)
     assert not Stack([layer, replace(layer, k=eight, v=eight)]).runs(x, batch)
     assert not Stack([replace(layer, weights=odd)]).runs(x, batch)
     assert not Stack([replace(layer, rule=Rule(1.0, sinks=torch.zeros(4)))]).runs(x, batch)
     assert not Stack([make()]).runs(x.float(), batch)
-    assert not Stack([layer]).runs(torch.randn(4, 32).bfloat16(), mixed)
+    assert not Stack([layer]).runs(torch.randn(SHORT + 2, 32).bfloat16(), mixed)
     assert not Stack([layer]).runs(torch.randn(65, 32).bfloat16(), batch)
     with Rowwise():
         assert not Stack([layer]).runs(x, batch)

@@ -218,7 +218,7 @@ def test_paged_attention_equals_naive_attention_over_scattered_pages(
     rule = Rule(**({"scale": dim**-0.5} | limits | {"sinks": sinks}))  # type: ignore[arg-type]
     blocks = torch.randperm(40).tolist()
     spans, histories = [], []
-    for length, context in ((1, 1), (1, 9), (5, 5), (3, 11), (1, 16)):
+    for length, context in ((1, 1), (1, 9), (5, 5), (3, 11), (1, 16), (11, 14)):
         pages = [blocks.pop() for _ in range(-(-context // size))]
         spans.append(Span(length, context, pages))
         histories.append(
@@ -247,9 +247,9 @@ def test_a_quantized_cache_is_attention_over_what_its_codes_mean(
         monkeypatch.setattr(cpu, "fits", lambda *_: False)
     torch.manual_seed(2)
     size, rule, heads, kv_heads, dim, value_dim = 4, Rule(0.3), 6, 3, 20, 16
-    spans = [Span(1, 7, [5, 2]), Span(3, 3, [1]), Span(1, 1, [4])]
-    k_cache = Pages.empty(6 * size, kv_heads, dim, cached, torch.device("cpu"))
-    v_cache = Pages.empty(6 * size, kv_heads, value_dim, cached, torch.device("cpu"))
+    spans = [Span(1, 7, [5, 2]), Span(3, 3, [1]), Span(1, 1, [4]), Span(9, 9, [6, 0, 3])]
+    k_cache = Pages.empty(7 * size, kv_heads, dim, cached, torch.device("cpu"))
+    v_cache = Pages.empty(7 * size, kv_heads, value_dim, cached, torch.device("cpu"))
     meant = []
     for span in spans:
         keys, values = (torch.randn(span.context, kv_heads, width).to(dtype) for width in (dim, value_dim))

@@ -27,12 +27,15 @@ from llmopt_cli.model.load import LoadedModel, load_model
 from llmopt_cli.runtime import Engine, SamplingParams
 from llmopt_cli.runtime.request import Grammar, RequestOutput
 from llmopt_cli.runtime.tokenizer import Tokenizer
+from llmopt_cli.spec.adapter import Adapter
 from llmopt_cli.spec.checkpoint import Checkpoint
-from llmopt_cli.spec.recipe import Batching
+from llmopt_cli.spec.kv_policy import Selecting, Streaming
+from llmopt_cli.spec.recipe import Batching, Speculation
 from llmopt_cli.spec.scheme import find_scheme
 
 README = Path(__file__).parents[2] / "README.md"
 MARKS = ("<!-- combinations: from tests/runtime/test_combinations.py -->\n", "<!-- end of combinations -->\n")
+LEGEND = "`no`: refused by name. `chances`: with the same chances, but a seed means other tokens than without drafts."
 PROMPTS = [[(7 * i * i + 13 * i + length) % 4000 + 7 for i in range(length)] for length in (3, 20, 37)]
 ANSWER = 8  # tokens
 BLOCK = 4
@@ -51,7 +54,14 @@ class Feature:
     kv: str = "auto"
     model: str = ""
     small: bool = False  # a cache that the answers outgrow
+    drafts: str = ""  # by which method
+    changes: bool = False  # what is said is not what it would be without it
     at_work: Callable[[Engine, list[RequestOutput]], bool] = lambda *_: True
+
+
+def accepted(engine: Engine, _: list[RequestOutput]) -> bool:
+    tally = engine.stats().speculation
+    return tally is not None and tally.accepted > 0
 
 
 FEATURES = (
@@ -80,6 +90,12 @@ FEATURES = (
     Feature("MLA", model="latent"),
     Feature("attention soft-cap", model="capped"),
     Feature("attention sinks", model="sinks"),
+    Feature("drafts looked up", drafts="suffix", at_work=accepted),
+    Feature("drafts of a model", drafts="draft_model", at_work=accepted),
+    Feature("KV policy streaming", request={"kv_policy": Streaming(sinks=4, window=8)}, changes=True),
+    Feature("KV policy snapkv", request={"kv_policy": Selecting(budget=8, window=4)}, changes=True),
+    Feature("beams", request={"beams": 3}, changes=True, at_work=lambda _, outs: all(len(o.beams) == 3 for o in outs)),
+    Feature("LoRA", request={"adapter": "law"}, changes=True),
 )
 MODELS = {  # of families.yaml, by the features that they have; the first that fits is taken
     "llama": "packed",
@@ -97,6 +113,7 @@ class Bench:
     """Where models are made and kept, and what requests get alone."""
 
     make: Callable[[str, bool], Path]
+    adapt: Callable[[Path], Path]
 
     @cache  # noqa: B019 - one bench a module
     def load(self, name: str, packed: bool) -> tuple[Checkpoint, LoadedModel, Tokenizer]:
@@ -104,44 +121,59 @@ class Bench:
         return checkpoint, load_model(checkpoint, "float32", "cpu"), Tokenizer(checkpoint, False)
 
     @cache  # noqa: B019
+    def adapter(self, name: str) -> Adapter:
+        return Adapter.open("law", self.adapt(self.make(name, False)))
+
+    def engine(self, name: str, packed: bool, kv: str, params: SamplingParams, batching: Batching, how: str) -> Engine:
+        """Where a model drafts, it is the same one in the other precision, if it has another: most of it stands."""
+        adapters = [self.adapter(name)] if params.adapter else []
+        other = not packed and "packed" in MODELS[name]
+        drafting = str(self.make(name, other)) if how == "draft_model" else ""
+        asked = Speculation(drafting, 3, method=how, adaptive=False) if how else None
+        return Engine(*self.load(name, packed), batching, kv, adapters, asked)
+
+    @cache  # noqa: B019
     def alone(self, name: str, packed: bool, kv: str, params: SamplingParams) -> list[RequestOutput]:
-        engine = Engine(*self.load(name, packed), ALONE, kv)
+        engine = self.engine(name, packed, kv, params, ALONE, "")
         outputs = [engine.generate([prompt], params)[0] for prompt in PROMPTS]
         engine.close()
         return outputs
 
     def together(self, name: str, packed: bool, kv: str, params: SamplingParams, pair: tuple[Feature, ...]) -> Ran:
         """All prompts at once; twice where what the first time leaves may be found."""
-        wanted = {key: value for feature in pair for key, value in feature.batching.items()}
-        batching = Batching(**(TOGETHER | wanted))
-        parts = self.load(name, packed)
+        wanted = TOGETHER | {key: value for feature in pair for key, value in feature.batching.items()}
+        how = "".join(feature.drafts for feature in pair)
         small = any(feature.small for feature in pair)
         if small:
-            engine = Engine(*parts, ALONE, kv)
+            engine = self.engine(name, packed, kv, params, ALONE, "")
             engine.close()
             blocks = sum(-(-len(prompt) // BLOCK) for prompt in PROMPTS) + len(PROMPTS)
-            batching = Batching(
-                **(TOGETHER | wanted | {"kv_cache_memory_bytes": blocks * engine.cache_size.block_bytes})
-            )
-        engine = Engine(*parts, batching, kv)
-        for _ in range(1 + batching.enable_prefix_caching):
-            if small:
-                engine._state.expected = 0.0  # nothing is kept free for answers to grow into
-            outputs = engine.generate(PROMPTS, params)
-        engine.check_integrity()
-        engine.close()
+            wanted |= {"kv_cache_memory_bytes": blocks * engine.cache_size.block_bytes}
+        engine = self.engine(name, packed, kv, params, Batching(**wanted), how)
+        try:
+            for _ in range(1 + (wanted["enable_prefix_caching"] or how == "suffix")):
+                if small:
+                    engine._state.expected = 0.0  # nothing is kept free for answers to grow into
+                outputs = engine.generate(PROMPTS, params)
+            engine.check_integrity()
+        finally:
+            engine.close()
         return engine, outputs
 
 
 @pytest.fixture(scope="module")
 def bench(
-    tiny: Callable[..., Path], families: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+    tiny: Callable[..., Path],
+    write_lora: Callable[..., Path],
+    families: dict[str, dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Bench:
+    @cache
     def make(name: str, packed: bool) -> Path:
         folder = tiny(**families[name], initializer_range=0.3)
         return pack(folder, tmp_path_factory.mktemp(name) / "packed") if packed else folder
 
-    return Bench(make)
+    return Bench(make, lambda base: write_lora(base, ["o_proj"], seed=3))
 
 
 def pack(folder: Path, target: Path) -> Path:
@@ -183,23 +215,33 @@ def _values(logprobs: Any) -> list[float]:
 
 
 def outcome(bench: Bench, one: Feature, other: Feature) -> str:
-    """`yes`, `-` (no such pair), `off` (one does nothing beside the other), `no` (refused), or `WRONG`."""
+    """`yes`, `-` (no such pair), `off` (one does nothing beside the other), `no` (refused), or `WRONG`.
+
+    `chances` is for drafts alone: a seed means other tokens, of the same chances (test_speculation_draws).
+    """
     pair = (one, other)
     needed = {feature.model for feature in pair if feature.model}
     name = next((model for model, has in MODELS.items() if needed <= set(has.split())), None)
     kinds = [feature.kv for feature in pair if feature.kv != "auto"]
-    if name is None or len(kinds) > 1:
+    twice = len(kinds) > 1 or (one.drafts and other.drafts) or one.request.keys() & other.request.keys()
+    if name is None or twice:
         return "-"
-    request = dict(one.request) | dict(other.request)
-    params = SamplingParams(max_tokens=ANSWER, ignore_eos=True, **request)
     packed, kv = "packed" in needed, (kinds or ["auto"])[0]
     try:
+        params = asked(*pair)
         engine, outputs = bench.together(name, packed, kv, params, pair)
     except LlmoptError:
         return "no"
     if not same(outputs, bench.alone(name, packed, kv, params)):
-        return "WRONG"
-    return "yes" if all(feature.at_work(engine, outputs) for feature in pair) else "off"
+        return "chances" if params.temperature and (one.drafts or other.drafts) else "WRONG"
+    without = [bench.alone(name, packed, kv, asked(rest)) for rest, it in (pair, pair[::-1]) if it.changes]
+    told = all([o.token_ids for o in outputs] != [o.token_ids for o in plain] for plain in without)
+    return "yes" if told and all(feature.at_work(engine, outputs) for feature in pair) else "off"
+
+
+def asked(*features: Feature) -> SamplingParams:
+    request = {key: value for feature in features for key, value in feature.request.items()}
+    return SamplingParams(max_tokens=ANSWER, ignore_eos=True, **request)
 
 
 @pytest.fixture(scope="module")
@@ -231,4 +273,4 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
     for row, name in enumerate(names):
         cells = [outcomes[names[column], name] if column < row else "" for column in range(len(names) - 1)]
         lines.append(f"| {row + 1} {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", LEGEND]) + "\n"

@@ -7,7 +7,8 @@ from random import Random
 
 import pytest
 
-from llmopt_cli.runtime.speculative.controller import Controller, Times, gain, reach
+from llmopt_cli.runtime.speculative.controller import Clocks, Controller
+from llmopt_cli.runtime.speculative.times import Times, bucket
 
 MOST = 8
 
@@ -19,31 +20,47 @@ class World:
         self, step: Callable[[int], float], propose: Callable[[int], float], chance: float, noise: float = 0.05
     ) -> None:
         self.step, self.propose, self.chance, self.noise = step, propose, chance, noise
-        self.steps, self.proposals = Times(), Times()
-        self.controller = Controller(MOST, self.steps, self.proposals)
+        self.clocks = Clocks()
+        self.controller = Controller(MOST, self.clocks)
         self.random = Random(0)
-        self.seconds = self.tokens = 0.0
+        self.now = self.seconds = self.tokens = 0.0
+        self.looking = 0.0  # seconds that it takes to look at a request
+        self.rest = 0
+        self.asked = 0  # steps in which requests were looked at
 
     def run(self, rounds: int, requests: int) -> float:
         """Tokens a second relative to no drafts at all."""
-        self.seconds = self.tokens = 0.0
+        self.seconds = self.tokens = self.asked = 0
         names = [f"r{index}" for index in range(requests)]
         for _ in range(rounds):
-            lengths = self.controller.lengths(names)
-            drafted = sum(lengths)
-            jitter = 1 + self.noise * self.random.uniform(-1, 1)
-            running = self.step(requests + drafted) * jitter
-            proposing = self.propose(drafted) if drafted else 0.0
+            asleep = self.rest > 0
+            self.rest, self.asked = max(0, self.rest - 1), self.asked + (not asleep)
+            lengths = [0] * requests if asleep else self.controller.lengths(names, self.now)
+            comparing = not asleep and self.controller.comparing
+            brought = 0
             for name, length in zip(names, lengths, strict=True):
                 stood = next((place for place in range(length) if self.random.random() > self.chance), length)
-                self.tokens += stood + 1
-                self.controller.verified(name, length, stood)
-            self.steps.add(requests + drafted, running)
-            if drafted:
-                self.proposals.add(drafted, proposing)
-            self.controller.stepped(requests, drafted, running + proposing)
-            self.seconds += running + proposing
+                if length:
+                    self.controller.proposed(name, length, length)
+                    self.controller.verified(name, length, stood)
+                brought += 0 if comparing else stood
+            self.tokens += requests + brought
+            self.spend(requests, sum(lengths), comparing, brought, asleep)
         return self.tokens / self.seconds * self.step(requests) / requests
+
+    def spend(self, requests: int, proposed: int, comparing: bool, brought: int, asleep: bool) -> None:
+        """The time of a step, and what there is to learn from it."""
+        drafted = 0 if comparing else proposed
+        running = self.step(requests + drafted) * (1 + self.noise * self.random.uniform(-1, 1))
+        proposing = 0.0 if asleep else self.looking * requests + (self.propose(proposed) if proposed else 0.0)
+        (self.clocks.drafted if drafted else self.clocks.alone).add(requests + drafted, running)
+        if proposed:
+            self.clocks.proposing.add(proposed, proposing)
+        if not asleep:
+            self.controller.stepped(requests, drafted, brought, running + proposing, proposing)
+            self.rest = self.controller.rest(requests)
+        self.seconds += running + proposing
+        self.now += running + proposing
 
 
 def flat(tokens: int) -> float:
@@ -70,7 +87,7 @@ def test_where_drafting_loses_nearly_nothing_is_lost(
     assert World(step, propose, chance).run(3000, requests) > 0.98
 
 
-@pytest.mark.parametrize(("chance", "least"), [(0.9, 4.5), (0.7, 2.4), (0.4, 1.4)])
+@pytest.mark.parametrize(("chance", "least"), [(0.9, 4.5), (0.7, 2.4), (0.4, 1.25)])
 def test_where_steps_are_flat_drafts_are_long_and_win(chance: float, least: float) -> None:
     assert World(flat, free, chance).run(2000, 1) > least
 
@@ -85,20 +102,37 @@ def test_it_comes_back_when_the_text_changes_and_leaves_again() -> None:
     assert world.run(2000, 4) > 0.98
 
 
+def test_while_nothing_is_drafted_requests_are_looked_at_as_often_as_that_may_cost() -> None:
+    world = World(lambda tokens: 1.0 + 0.2 * tokens, free, 0.1)
+    world.looking = 0.05
+    world.run(1000, 32)
+    assert world.run(3000, 32) > 0.985
+    assert 0 < world.asked < 300
+
+
+def test_what_would_stand_is_found_out_without_verifying() -> None:
+    world = World(steep, free, 0.1)
+    world.run(2000, 8)
+    world.step, world.chance = flat, 0.95  # what drafted steps took is known to be much; it has to be tried
+    assert world.run(6000, 8) > 1.5
+
+
 def test_times_are_means_with_straight_lines_between() -> None:
     times = Times()
     assert times.at(5) == 0
     times.add(4, 2.0)
     assert times.at(4) == 2
+    assert times.at(8) == 4  # nothing else is known
+    assert times.at(8, start=(2, 1.5)) == pytest.approx(3)
     times.add(8, 4.0)
     assert times.at(6) == pytest.approx(3)
     assert times.at(16) == pytest.approx(8)
+    assert times.at(3) == 2
+    for _ in range(20):
+        times.add(4, 2.0)
     times.add(4, 400.0)  # the machine paused
-    assert times.at(4) < 3
+    assert times.at(4) < 2.2
 
 
-def test_reach_and_gain_are_those_of_the_paper() -> None:
-    assert reach(0.5, 0.2, 8) == 2
-    assert reach(0.9, 0.2, 8) == 8
-    assert reach(0.1, 0.2, 8) == 0
-    assert gain(0.5, 3) == pytest.approx(0.5 + 0.25 + 0.125)
+def test_times_of_nearly_as_many_tokens_share_a_mean() -> None:
+    assert [bucket(tokens) for tokens in (0, 1, 7, 15, 17, 33, 130)] == [0, 1, 7, 15, 16, 32, 128]

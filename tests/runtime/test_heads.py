@@ -18,30 +18,15 @@ from llmopt_cli.model.load import LoadedModel, load_model
 from llmopt_cli.runtime.request import Request, SamplingParams
 from llmopt_cli.runtime.scheduler import Chunk
 from llmopt_cli.runtime.speculative.eagle import Eagle, angles
-from llmopt_cli.runtime.speculative.heads import EAGLE_FILE, Heads, write_heads
+from llmopt_cli.runtime.speculative.heads import EAGLE_FILE, MEDUSA_FILE, Heads, write_heads
 from llmopt_cli.runtime.speculative.heads_output import commonest, output_matrix
 from llmopt_cli.runtime.speculative.medusa import Medusa
 from llmopt_cli.runtime.speculative.train_eagle import EaglePupil
 from llmopt_cli.runtime.speculative.train_job import eagle_config
 from llmopt_cli.spec.checkpoint import Checkpoint
+from tests.runtime.made_heads import EAGLE, MEDUSA, SIZE, VOCABULARY, eagle_tensors, medusa_tensors
 
-SIZE, VOCABULARY = 32, 4096
 TINY = {"hidden_size": SIZE, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
-MEDUSA: dict[str, Any] = {"medusa_num_heads": 3, "medusa_num_layers": 2, "base_model_name_or_path": "somewhere/else"}
-EAGLE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "num_hidden_layers": 1,
-    "hidden_size": SIZE,
-    "intermediate_size": 40,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 5000.0,
-    "vocab_size": VOCABULARY,
-}
 Write = Callable[..., Path]
 
 
@@ -59,15 +44,8 @@ def loaded(base: Checkpoint) -> LoadedModel:
 def medusa(tmp_path: Path) -> Write:
     """Writes random Medusa heads as they are published."""
 
-    def write(size: int = SIZE, vocabulary: int = VOCABULARY, **config: Any) -> Path:
-        generator = torch.Generator().manual_seed(1)
-        tensors: dict[str, Tensor] = {}
-        for head in range(MEDUSA["medusa_num_heads"]):
-            for layer in range(MEDUSA["medusa_num_layers"]):
-                tensors[f"{head}.{layer}.linear.weight"] = torch.randn(size, size, generator=generator) * 0.5
-                tensors[f"{head}.{layer}.linear.bias"] = torch.randn(size, generator=generator)
-            tensors[f"{head}.{MEDUSA['medusa_num_layers']}.weight"] = torch.randn(vocabulary, size, generator=generator)
-        return _folder(tmp_path / "medusa", MEDUSA | config, tensors, "medusa_lm_head.safetensors")
+    def write(size: int = SIZE, **config: Any) -> Path:
+        return _folder(tmp_path / "medusa", MEDUSA | config, medusa_tensors(size), MEDUSA_FILE)
 
     return write
 
@@ -77,23 +55,7 @@ def eagle(tmp_path: Path) -> Write:
     """Writes a random EAGLE head as they are published, with an embedding that nobody needs."""
 
     def write(more: dict[str, Tensor] | None = None, **config: Any) -> Path:
-        whole = EAGLE | config
-        size, inner, dim = whole["hidden_size"], whole["intermediate_size"], whole["hidden_size"] // 4
-        shapes = {
-            "fc.weight": (size, 2 * size),
-            "layers.0.self_attn.q_proj.weight": (4 * dim, size),
-            "layers.0.self_attn.k_proj.weight": (2 * dim, size),
-            "layers.0.self_attn.v_proj.weight": (2 * dim, size),
-            "layers.0.self_attn.o_proj.weight": (size, 4 * dim),
-            "layers.0.mlp.gate_proj.weight": (inner, size),
-            "layers.0.mlp.up_proj.weight": (inner, size),
-            "layers.0.mlp.down_proj.weight": (size, inner),
-            "layers.0.post_attention_layernorm.weight": (size,),
-            "embed_tokens.weight": (VOCABULARY, size),
-        }
-        generator = torch.Generator().manual_seed(2)
-        tensors = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
-        return _folder(tmp_path / "eagle", whole, tensors | (more or {}), "model.safetensors")
+        return _folder(tmp_path / "eagle", EAGLE | config, eagle_tensors(EAGLE | config) | (more or {}), EAGLE_FILE)
 
     return write
 

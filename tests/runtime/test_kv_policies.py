@@ -254,6 +254,16 @@ def test_streaming_takes_as_many_blocks_however_long_it_runs(engine: Any) -> Non
     assert max(used[-201:-1]) == max(used[200:400]) <= STREAM.most_cached(BLOCK) // BLOCK
 
 
+def test_tables_are_made_when_a_block_is_added(engine: Any) -> None:
+    one, made = engine(), list[Any]()
+    name = one.add_request(PROMPTS[0], replace(asked(PYRAMID), max_tokens=2 + 3 * BLOCK))
+    while one.has_work():
+        one.step()
+        made += [tables for request, tables in one._compressor._tables.items() if request.request_id == name]
+    assert 3 <= len({id(tables) for tables in made}) <= 4
+    assert len(made) == 1 + 3 * BLOCK
+
+
 def test_prompts_are_scored_under_a_policy(engine: Any) -> None:
     one, scored = engine(max_model_len=CONTEXT), SamplingParams(max_tokens=1, prompt_logprobs=0, kv_policy=STREAM)
     [output] = one.generate(PROMPTS[:1], scored)

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from llmopt_cli.errors import LlmoptError, ModelError, UsageError
 from llmopt_cli.model.load import load_model
 from llmopt_cli.runtime import Engine, SamplingParams
 from llmopt_cli.runtime.journal import replay
-from llmopt_cli.runtime.logits import History, shape
 from llmopt_cli.runtime.request import Grammar, Request, RequestOutput
-from llmopt_cli.runtime.sampler import weights_of
 from llmopt_cli.runtime.speculative.proposer import Draft, Proposer
 from llmopt_cli.runtime.speculative.speculator import Speculator
+from llmopt_cli.runtime.stats import Tally
 from llmopt_cli.runtime.tokenizer import Tokenizer
 from llmopt_cli.spec.checkpoint import Checkpoint
 from llmopt_cli.spec.recipe import Batching, Recipe, Speculation
-from tests.runtime.test_verify import p_value
+from tests.runtime.made_heads import knowing_eagle, knowing_medusa
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 PROMPTS = [[(5 * i * i + 11 * i + 3 * length) % 90 + 7 for i in range(length)] for length in (5, 33, 70)]
 PROMPTS.append([11, 12, 13, 14, 15] * 9)  # something to look up
 SMALL = Batching(max_num_seqs=8, max_num_batched_tokens=32, block_size=8, max_model_len=256)
-METHODS = ("ngram", "suffix", "draft_model")
+HEADS = ("medusa", "eagle")
+METHODS = ("ngram", "suffix", "draft_model", *HEADS)
 
 
 class Wild:
@@ -72,7 +69,23 @@ def pair(tiny: Callable[..., Path]) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def make(pair: tuple[Path, Path]) -> Iterator[Callable[..., Engine]]:
+def folders(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each method proposes with; the heads know most of what is said greedily."""
+    checkpoint = Checkpoint.open(pair[0])
+    loaded = load_model(checkpoint, "float32")
+    engine = Engine(checkpoint, loaded, Tokenizer(checkpoint), SMALL)
+    texts = list(zip(PROMPTS, answers(engine, GREEDY), strict=True))
+    engine.close()
+    folder = tmp_path_factory.mktemp("heads")
+    heads = {
+        "medusa": knowing_medusa(loaded, texts, folder / "medusa"),
+        "eagle": knowing_eagle(loaded, texts, folder / "eagle"),
+    }
+    return {"draft_model": str(pair[1]), **{kind: str(path) for kind, path in heads.items()}}
+
+
+@pytest.fixture(scope="module")
+def make(pair: tuple[Path, Path], folders: dict[str, str]) -> Iterator[Callable[..., Engine]]:
     """Engines on that model, one after the other."""
     checkpoint = Checkpoint.open(pair[0])
     loaded, tokenizer = load_model(checkpoint, "float32"), Tokenizer(checkpoint)
@@ -83,8 +96,7 @@ def make(pair: tuple[Path, Path]) -> Iterator[Callable[..., Engine]]:
             made.pop().close()
         asked = None
         if isinstance(method, str):
-            model = str(pair[1]) if method == "draft_model" else ""
-            asked = Speculation(model, tokens, method=method, adaptive=False)
+            asked = Speculation(folders.get(method, ""), tokens, method=method, adaptive=False)
         made.append(Engine(checkpoint, loaded, tokenizer, batching, speculation=asked))
         if method is not None and not isinstance(method, str):
             made[0]._speculator = Speculator(method, tokens, adapt=False)
@@ -100,35 +112,51 @@ def answers(engine: Engine, params: SamplingParams | Sequence[SamplingParams]) -
     return found
 
 
+def knower(method: str, said: Sequence[Sequence[int]]) -> str | Proposer:
+    """A proposer that knows `said`, or the heads that know what is said greedily."""
+    return method if method in HEADS else Knowing([[*pair[0], *pair[1]] for pair in zip(PROMPTS, said, strict=True)])
+
+
+def tally_of(engine: Engine) -> Tally:
+    tally = engine.stats().speculation
+    assert tally is not None
+    return tally
+
+
 GREEDY = SamplingParams(max_tokens=30, ignore_eos=True)
 
 
 @pytest.mark.parametrize("method", [*METHODS, "wild", "knowing"])
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_greedy_answers_are_the_same(make: Callable[..., Engine], method: str, tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "budget"), [(1, 32), (5, 32), (5, 9)])
+def test_greedy_answers_are_the_same(make: Callable[..., Engine], method: str, tokens: int, budget: int) -> None:
+    """Prompts are cut into chunks, and with the small budget drafts are, too."""
     expected = answers(make(), GREEDY)
-    texts = [prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)]
-    engine = make({"wild": Wild(), "knowing": Knowing(texts)}.get(method, method), tokens=tokens)
+    proposer = {"wild": Wild(), "knowing": knower("knowing", expected)}.get(method, method)
+    engine = make(proposer, replace(SMALL, max_num_batched_tokens=budget), tokens)
     assert answers(engine, GREEDY) == expected
     assert answers(engine, GREEDY) == expected  # now with prefix hits: nothing but verified tokens was cached
-    tally = engine.stats().speculation
-    assert tally is not None
+    assert engine.stats().prefix_cache_hits > 0
+    tally = tally_of(engine)
     assert tally.drafts > 5
     assert tally.emitted == 2 * sum(len(answer) - 1 for answer in expected)
-    if method == "knowing":
+    if method in ("knowing", "medusa") and budget > 9:
         assert tally.length > 1 + 0.6 * tokens
-        assert sum(tally.stood) < tally.tokens
+    if method in ("knowing", *HEADS):
+        assert tally.accepted > 0.2 * tally.tokens
+        assert tally.accepted < tally.tokens
 
 
 @pytest.mark.parametrize("method", [*METHODS, "wild"])
 def test_greedy_answers_are_the_same_when_requests_are_preempted(make: Callable[..., Engine], method: str) -> None:
     expected = answers(make(), GREEDY)
     block = make().cache_size.block_bytes
-    tight = replace(SMALL, max_model_len=104, kv_cache_memory_bytes=24 * block)
+    tight = replace(SMALL, max_num_batched_tokens=256, max_model_len=104, kv_cache_memory_bytes=24 * block)
     engine = make(Wild() if method == "wild" else method, tight)
     engine._state.expected = 0.0  # all are let in at once, although they will not fit
     assert answers(engine, GREEDY) == expected
     assert engine.stats().num_preemptions > 0
+    if method in HEADS:
+        assert tally_of(engine).accepted > 10
 
 
 def test_drafts_take_no_blocks_from_anyone(make: Callable[..., Engine]) -> None:
@@ -142,27 +170,32 @@ def test_drafts_take_no_blocks_from_anyone(make: Callable[..., Engine]) -> None:
     assert counts[1] <= counts[0]
 
 
+@pytest.mark.parametrize("method", ["knowing", *HEADS])
 @pytest.mark.parametrize("most", range(1, 9))
-def test_an_answer_ends_where_it_should_in_the_middle_of_a_draft(make: Callable[..., Engine], most: int) -> None:
+def test_an_answer_ends_where_it_should_in_the_middle_of_a_draft(
+    make: Callable[..., Engine], most: int, method: str
+) -> None:
     whole = answers(make(), GREEDY)
-    texts = [prompt + answer for prompt, answer in zip(PROMPTS, whole, strict=True)]
-    engine = make(Knowing(texts), tokens=6)
+    engine = make(knower(method, whole), tokens=6)
     assert answers(engine, replace(GREEDY, max_tokens=most)) == [answer[:most] for answer in whole]
     # A stop token, at its first occurrence.
     ends = [replace(GREEDY, stop_token_ids=(answer[most],)) for answer in whole]
     assert answers(engine, ends) == [answer[: answer.index(answer[most]) + 1] for answer in whole]
 
 
-def test_stop_strings_end_a_text_in_the_middle_of_a_draft(make: Callable[..., Engine]) -> None:
+@pytest.mark.parametrize("method", ["knowing", *HEADS])
+def test_stop_strings_end_a_text_in_the_middle_of_a_draft(make: Callable[..., Engine], method: str) -> None:
     plain = make().generate(PROMPTS, GREEDY)
     stops = [output.text[9:12] for output in plain]
     params = [replace(GREEDY, stop=(stop,)) for stop in stops]
     expected = [(output.text, output.token_ids) for output in make().generate(PROMPTS, params)]
-    texts = [[*prompt, *output.token_ids] for prompt, output in zip(PROMPTS, plain, strict=True)]
-    found = make(Knowing(texts), tokens=7).generate(PROMPTS, params)
+    engine = make(knower(method, [output.token_ids for output in plain]), tokens=7)
+    found = engine.generate(PROMPTS, params)
     assert [(output.text, output.token_ids) for output in found] == expected
+    assert tally_of(engine).accepted > 0
 
 
+@pytest.mark.parametrize("method", ["knowing", *HEADS])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -174,25 +207,27 @@ def test_stop_strings_end_a_text_in_the_middle_of_a_draft(make: Callable[..., En
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_shapes_logits_counts_at_every_position(make: Callable[..., Engine], changes: dict[str, object]) -> None:
+def test_what_shapes_logits_counts_at_every_position(
+    make: Callable[..., Engine], changes: dict[str, object], method: str
+) -> None:
     params = replace(GREEDY, **changes)  # type: ignore[arg-type]
     plain = make().generate(PROMPTS, params)
-    texts = [[*prompt, *output.token_ids] for prompt, output in zip(PROMPTS, plain, strict=True)]
-    engine = make(Knowing(texts), tokens=5)
+    engine = make(knower(method, [output.token_ids for output in plain]), tokens=5)
     found = engine.generate(PROMPTS, params)
     assert [one.token_ids for one in found] == [one.token_ids for one in plain]
     assert [one.finish_reason for one in found] == [one.finish_reason for one in plain]
     for one, other in zip(found, plain, strict=True):
         assert [entry.token for entry in one.logprobs] == [entry.token for entry in other.logprobs]
         assert [e.logprob for e in one.logprobs] == pytest.approx([e.logprob for e in other.logprobs], abs=1e-3)
-    tally = engine.stats().speculation
-    assert tally is not None
-    assert sum(tally.stood) > 0
+    tally = tally_of(engine)
+    assert tally.drafts > 0
+    if method == "knowing" or "allowed_token_ids" not in changes:  # heads know tokens that are not
+        assert tally.accepted > 0
 
 
 def test_outputs_of_a_step_hold_all_its_tokens(make: Callable[..., Engine]) -> None:
     expected = answers(make(), GREEDY)
-    engine = make(Knowing([prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)]), tokens=5)
+    engine = make(knower("knowing", expected), tokens=5)
     engine.add_request(PROMPTS[0], GREEDY)
     outputs: list[RequestOutput] = []
     while engine.has_work():
@@ -211,8 +246,9 @@ def test_a_log_of_drafts_replays(make: Callable[..., Engine], tmp_path: Path) ->
     assert '"draft"' in (tmp_path / "log").read_text()
 
 
-def test_aborting_gives_everything_back(make: Callable[..., Engine]) -> None:
-    engine = make("draft_model")
+@pytest.mark.parametrize("method", ["draft_model", *HEADS])
+def test_aborting_gives_everything_back(make: Callable[..., Engine], method: str) -> None:
+    engine = make(method)
     for prompt in PROMPTS:
         engine.add_request(prompt, GREEDY)
     for _ in range(12):
@@ -221,77 +257,6 @@ def test_aborting_gives_everything_back(make: Callable[..., Engine]) -> None:
     engine.check_integrity()
     assert engine.stats().kv_cache_usage == 0
     assert engine.generate(PROMPTS[:1], GREEDY)[0].token_ids == tuple(answers(make(), GREEDY)[0])
-
-
-DRAWN = 1500
-LEVEL = 1e-4 / 12
-WAYS = {
-    "temperature": {"temperature": 0.9, "top_k": 12},
-    "top_p": {"temperature": 1.1, "top_p": 0.8, "top_k": 12},
-    "penalties": {"temperature": 1.0, "top_k": 12, "repetition_penalty": 1.4, "frequency_penalty": 0.6},
-}
-
-
-@pytest.fixture(scope="module")
-def small_words(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model of 512 tokens, nearly flat, so that many tokens come; and a blurred copy that drafts for it."""
-    model = tiny("Llama", **SIZES, vocab_size=512, num_hidden_layers=2)
-    draft = tmp_path_factory.mktemp("draft") / "model"
-    shutil.copytree(model, draft)
-    random = torch.Generator().manual_seed(5)
-    weights = load_file(model / "model.safetensors")
-    blurred = {name: one + 0.3 * one.std() * torch.randn(one.shape, generator=random) for name, one in weights.items()}
-    save_file(blurred, draft / "model.safetensors", {"format": "pt"})
-    return model, draft
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("method", METHODS)
-def test_drawn_tokens_are_distributed_as_the_model_says(small_words: tuple[Path, Path], method: str, way: str) -> None:
-    """The second and third token of many answers to one prompt, against the chance of each by the model alone."""
-    model = str(small_words[1]) if method == "draft_model" else ""
-    asked = Speculation(model, 2, method=method, adaptive=False, prompt_lookup_min=1)
-    batching = Batching(max_num_seqs=256, max_num_batched_tokens=2048, block_size=8, max_model_len=128)
-    draw = Random(0)
-    prompt = [draw.randrange(21, 25) for _ in range(90)]  # where every two of its tokens have been followed
-    # What the prompt holds is likely, so that there is something to look up.
-    bias = () if model else tuple((token, 20.0) for token in (21, 22, 23, 24))
-    params = SamplingParams(max_tokens=3, ignore_eos=True, logit_bias=bias, **WAYS[way])  # type: ignore[arg-type]
-    engine = Engine.from_pretrained(small_words[0], dtype="float32", batching=batching, speculation=asked)
-    seeds = [replace(params, seed=seed) for seed in range(DRAWN)]
-    found = torch.tensor([list(output.token_ids) for output in engine.generate([prompt] * DRAWN, seeds)])
-    tally = engine.stats().speculation
-    assert tally is not None
-    assert tally.tokens > DRAWN / 5
-    assert 0.1 < tally.acceptance < 0.9
-    engine.close()
-    first, second = expected(small_words[0], prompt, params)
-    for place, wanted in ((0, first), (1, second)):
-        counts = torch.bincount(found[:, place], minlength=512).double()
-        assert p_value(counts, wanted * DRAWN) > LEVEL
-
-
-def expected(folder: Path, prompt: list[int], params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chances float64 [V] of the first and of the second token, summed over all that may come first."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def chances(texts: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            logits = model(input_ids=texts).logits[:, -1].clone()
-        histories = [History(set(prompt)) for _ in texts]
-        for history, text in zip(histories, texts.tolist(), strict=True):
-            for token in text[len(prompt) :]:
-                history.add(token)
-        shape(logits, [params] * len(texts), histories)
-        weights = weights_of(logits, [params] * len(texts))
-        return weights / weights.sum(-1, keepdim=True)
-
-    first = chances(torch.tensor([prompt]))[0]
-    likely = first.nonzero()[:, 0]
-    texts = torch.tensor([[*prompt, token] for token in likely.tolist()])
-    return first, (first[likely, None] * chances(texts)).sum(0)
 
 
 @pytest.mark.parametrize(
@@ -318,11 +283,11 @@ def test_flags_win_over_the_configuration() -> None:
 
 
 def test_a_draft_of_other_tokens_is_refused_before_any_weights_are_read(
-    pair: tuple[Path, Path], small_words: tuple[Path, Path], tmp_path: Path
+    pair: tuple[Path, Path], tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     (pair[0] / "model.safetensors").stat()
     with pytest.raises(ModelError, match=r"has a vocabulary of 512 tokens, not 4,096"):
-        Engine.from_pretrained(pair[0], speculation=Speculation(str(small_words[0])))
+        Engine.from_pretrained(pair[0], speculation=Speculation(str(tiny("Llama", **SIZES, vocab_size=512))))
     with pytest.raises(UsageError, match="drafts for itself"):
         Engine.from_pretrained(pair[0], speculation=Speculation(str(pair[0])))
     with pytest.raises(LlmoptError, match="nowhere"):

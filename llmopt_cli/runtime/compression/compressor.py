@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmopt_cli.errors import CapacityError, ModelError, UsageError
+from llmopt_cli.errors import ModelError, UsageError
 from llmopt_cli.model.attention import PagedLayer, Reach, Watcher
 from llmopt_cli.model.load import LoadedModel
 from llmopt_cli.model.rotation import Rotation, find_rotations
 from llmopt_cli.runtime.compression.change import Change, Compaction, Turn
+from llmopt_cli.runtime.compression.door import WINDOWS, check, known_reasons
 from llmopt_cli.runtime.compression.slots import lift, put, read, slots_of, turn
 from llmopt_cli.runtime.compression.votes import chosen, pyramid
 from llmopt_cli.runtime.request import Request
@@ -56,11 +57,16 @@ class _Pick(NamedTuple):
         seen.rules[number] = rule
 
 
-class Compressor:
-    """The policies of one engine's requests. A step in which none has a policy costs nothing more.
+class _Tables(NamedTuple):
+    """By layer, a request's blocks in the cache of all, as long as it has these `blocks` and `pages`."""
 
-    What the model can't have is found at the start, by running single tokens: later the engine runs while others ask.
-    """
+    blocks: list[int]
+    pages: tuple[int, ...]
+    layers: list[list[int]]
+
+
+class Compressor:
+    """The policies of one engine's requests. A step in which none has a policy costs nothing more."""
 
     def __init__(
         self,
@@ -72,31 +78,29 @@ class Compressor:
     ) -> None:
         self._loaded, self._layers, self._whole = loaded, layers, whole
         self._name, self._size, self._limit = checkpoint.name, batching.block_size, batching.max_model_len or 0
-        self._rotations: list[Rotation] = []
+        self._rotations: list[Rotation] = []  # found when somebody first wants to have keys turned
         self._seen: dict[Request, _Seen] = {}
-        unlike = any(layer.reach not in (None, Reach()) or (layer.seen and layer.seen.window) for layer in layers)
-        kinds = {"limits attention to a window": unlike, "keeps its cache latent (MLA)": checkpoint.spec.latent}
-        reason = next((kind for kind, holds in kinds.items() if holds), "")
-        self._reasons = {Selecting: reason, Streaming: reason}  # why not; empty: it can
-        if not reason:
-            try:
-                self._rotations = find_rotations(loaded, layers)
-            except ModelError as error:
-                self._reasons[Streaming] = error.message
+        self._tables: dict[Request, _Tables] = {}
+        self._reasons = known_reasons(checkpoint)
+        if any(layer.reach not in (None, Reach()) or (layer.seen and layer.seen.window) for layer in layers):
+            self._reasons = dict.fromkeys(self._reasons, WINDOWS)
 
     def check(self, policy: KvPolicy) -> None:
-        """Raise UsageError or CapacityError if no request can have such a policy here. Any thread."""
-        if reason := self._reasons[type(policy)]:
-            raise UsageError(f"`{self._name}` {reason}: it can't have kv_policy `{policy}`")
-        if isinstance(policy, Streaming):
-            most = policy.most_cached(self._size)
-            if most > self._limit:
-                raise CapacityError(
-                    f"kv_policy `{policy}` keeps up to {most:,} tokens and the context is {self._limit:,}",
-                    "give it a smaller window",
-                )
-        elif policy.pyramid and self._whole is None:
-            raise UsageError(f"`{self._name}` has layers of unlike shapes: it can't have kv_policy `{policy}`")
+        """Raise UsageError or CapacityError if no request can have such a policy here.
+
+        The first to ask for streaming has single tokens run: on the thread that steps, if there is one.
+        """
+        if isinstance(policy, Streaming) and not (self._rotations or self._reasons[Streaming]):
+            try:
+                self._rotations = find_rotations(self._loaded, self._layers)
+            except ModelError as error:
+                self._reasons[Streaming] = error.message
+        check(policy, self._name, self._reasons, self._size, self._limit)
+        if isinstance(policy, Selecting) and policy.pyramid and self._whole is None:
+            raise UsageError(
+                f"`{self._name}` has layers of unlike shapes: it can't have kv_policy `{policy}`",
+                "take `snapkv`, which keeps as much in each of them",
+            )
 
     @torch.inference_mode()
     def apply(self, changes: Sequence[Change], requests: Mapping[str, Request]) -> None:
@@ -137,6 +141,14 @@ class Compressor:
             for pages, stored in zip(caches, taken[number], strict=True):
                 put(pages, new, stored)
 
+    def _current(self, request: Request) -> _Tables:
+        """The tables of a request, those of the step before if none of its blocks changed."""
+        found = self._tables.get(request)
+        if found is None or (found.blocks, found.pages) != (request.blocks, request.pages):
+            layers = [self._table(request, number) for number in range(len(self._layers))]
+            found = _Tables(list(request.blocks), request.pages, layers)
+        return found
+
     def _table(self, request: Request, number: int) -> list[int]:
         """The blocks of one layer in the cache of all: of those that the layers share out, then one in each new one."""
         layers, pages = len(self._layers), request.pages
@@ -159,13 +171,14 @@ class Compressor:
         self._seen = {request: seen for request, seen in self._seen.items() if request.blocks}
         picks = list(self._picks(chunks, requests))
         owners = [requests[chunk.request_id] for chunk in chunks]
-        tables = any(request.pages for request in owners)
-        self._loaded.context.apart = bool(picks) or tables
+        apart = any(request.pages for request in owners)
+        self._tables = {request: self._current(request) for request in owners} if apart else {}
+        self._loaded.context.apart = bool(picks) or apart
         try:
             for number, layer in enumerate(self._layers):
                 if picks:
                     layer.watcher = self._watcher(number, picks)
-                if tables and self._whole is not None:
+                if apart and self._whole is not None:
                     own = [self._own(number, request, span) for request, span in zip(owners, spans, strict=True)]
                     layer.own = (PagedBatch(own, self._size, self._loaded.device), *self._whole)
             yield
@@ -176,7 +189,7 @@ class Compressor:
 
     def _own(self, number: int, request: Request, span: Span) -> Span:
         """What one layer has of a request, in the cache of all layers."""
-        table = self._table(request, number)
+        table = self._tables[request].layers[number]
         if not request.pages:
             return span._replace(blocks=table)
         shared = sum(request.pages) // len(self._layers)

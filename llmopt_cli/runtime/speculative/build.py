@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from llmopt_cli.errors import ModelError, UsageError
@@ -32,11 +33,11 @@ class Drafter:
     heads: Heads | None = None
 
 
-def refuse_unfit(asked: Speculation, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+def refuse_unfit(asked: Speculation | None, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     """Raise ModelError if what is to draft has other tokens than `checkpoint`, UsageError if it is the same model."""
-    if asked.method in KINDS:
+    if asked is not None and asked.method in KINDS:
         Heads.open(asked.model, checkpoint, asked.method)
-    if asked.method != "draft_model":
+    if asked is None or asked.method != "draft_model":
         return
     draft = Checkpoint.open(asked.model)
     own, wanted = draft.spec.vocab_size, checkpoint.spec.vocab_size
@@ -54,8 +55,8 @@ def open_drafter(asked: Speculation, checkpoint: Checkpoint, target: LoadedModel
     """What is to draft for the model of `checkpoint`, in its dtype; None if a text is only looked up."""
     if asked.method in KINDS:
         heads = Heads.open(asked.model, checkpoint, asked.method)
-        token = 2 * checkpoint.spec.num_kv_heads * checkpoint.spec.head_dim * target.dtype.itemsize
-        return Drafter(batching.block_size * token if asked.method == "eagle" else 0, heads=heads)
+        values = batching.block_size * sum(map(math.prod, heads.cached_shapes))
+        return Drafter(values * target.dtype.itemsize, heads=heads)
     if asked.method != "draft_model":
         return None
     draft = Checkpoint.open(asked.model)
@@ -68,13 +69,12 @@ def make_proposer(
     asked: Speculation, drafter: Drafter | None, target: LoadedModel, cache: CacheSize, batching: Batching
 ) -> Proposer:
     """The proposer; whoever needs a cache has one for as many tokens as the target."""
-    budget = batching.max_num_batched_tokens
     if drafter is not None and drafter.loaded is not None:
         size = CacheSize(cache.num_blocks, cache.block_size, drafter.block_bytes)
-        return DraftModel(drafter.loaded, size, budget, drafter.context)
+        return DraftModel(drafter.loaded, size, batching, drafter.context)
     if drafter is not None and drafter.heads is not None:
         if asked.method == "medusa":
             return Medusa(drafter.heads, target)
-        longest = batching.max_model_len or 0
+        budget, longest = batching.max_num_batched_tokens, batching.max_model_len or 0
         return Eagle(drafter.heads, target, cache.num_blocks, cache.block_size, budget, longest)
     return NGram(asked.prompt_lookup_min, asked.prompt_lookup_max) if asked.method == "ngram" else Suffix()

@@ -3,136 +3,235 @@
 Pure arithmetic on acceptance and times; the clock is the caller's. Knows no model, no proposer and no request's text.
 
 A draft of k tokens, each of which stands with chance a, brings a + a^2 + ... + a^k tokens more (Leviathan et al., arXiv
-2211.17192). What a step takes is known for every number of tokens that was seen, and so is what proposing takes.
+2211.17192): tokens are taken by the chance that all up to them stand, of all requests together. What a step takes is
+known for every number of tokens that was seen, and so is what proposing takes.
+
+Where nothing is drafted, drafts are still proposed now and then and compared with what comes: nobody has to verify them
+to find out that they would stand. What seems worse is tried in earnest, too, as often as may be lost on it: without,
+nobody would notice that times have changed.
 """
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-MEMORY = 0.9  # of a mean that is kept when something new is measured
+from llmopt_cli.runtime.speculative.times import Times, bucket
+
+MEMORY, MEMORY_OF_ALL = 0.85, 0.98  # of a mean that is kept when something new is measured: a request's, everybody's
+FOUND, AGAIN = 0.97, 0.5  # of whether there is anything to propose: at times, or again and again from now on
 PRIOR = 0.7  # the chance that a first draft stands
 LOWEST, HIGHEST = 0.02, 0.98  # chances are kept between
 FLOORS = (0.8, 0.6, 0.45, 0.3, 0.2, 0.1)  # a token is drafted if the chance that all up to it stand is at least this
-PROBE_SHARE = 0.005  # of the time may be lost on trying whether drafting wins again
-PROBE_TOKENS = 2
-GAIN = 1.03  # that drafting must promise: figures are noisy
-LASTS = 4  # steps for which a decision holds
+TRYING, MORE = 0.004, 0.02  # of the time may be lost on trying what seems worse; more, by how often drafts won lately
+LATELY = 0.998  # of a mean that is kept at every step that is looked at
+LEAST = 0.01  # of a step that trying takes, whatever was measured
+COMPARED = 4  # tokens of drafts that are only compared, of so many requests at once if that takes less than a step
+AT_ONCE = 8
+EARNEST = 8  # of so many tries one is in earnest,
+HOPELESS, DESPAIR = 0.7, 0.8  # unless it promises less than so much, or that times a factor for each time it did
+BEGIN, STAY = 1.08, 1.02  # what drafting must promise, where none is drafted and where some is: figures are noisy
+LESSONS = 8  # steps at first in which one request is drafted for, unless that takes longer than another step
+TRUTH = 0.95  # of the means that are kept of what drafts promise and bring
+LASTS = 4  # steps for which drafts are as long
+NAP = 64  # steps at most in which nothing is asked
 
 
 @dataclass(slots=True)
-class Times:
-    """Seconds by a number of tokens: a mean for each that was seen, straight lines between them."""
+class Clocks:
+    """What was measured: steps `alone`, by requests; those with drafts by all tokens in them; proposing by tokens."""
 
-    seen: dict[int, float] = field(default_factory=dict)
-    _known: list[int] = field(default_factory=list)
+    alone: Times = field(default_factory=Times)
+    drafted: Times = field(default_factory=Times)
+    proposing: Times = field(default_factory=Times)
 
-    def add(self, tokens: int, seconds: float) -> None:
-        """Something over so many took so long. A single outlier, such as a pause of the machine, weighs little."""
-        old = self.seen.get(tokens)
-        if old is None:
-            self._known.insert(bisect(self._known, tokens), tokens)
-            self.seen[tokens] = seconds
-        else:
-            self.seen[tokens] = MEMORY * old + (1 - MEMORY) * min(seconds, 3 * old)
 
-    def at(self, tokens: int) -> float:
-        """What it takes; beyond what was seen as at the edge, and in proportion where one size alone was seen."""
-        if tokens in self.seen or not self._known:
-            return self.seen.get(tokens, 0.0)
-        if len(self._known) == 1:
-            return self.seen[self._known[0]] * max(1.0, tokens / max(1, self._known[0]))
-        place = min(max(bisect(self._known, tokens) - 1, 0), len(self._known) - 2)
-        low, high = self._known[place : place + 2]
-        slope = max(0.0, (self.seen[high] - self.seen[low]) / (high - low))
-        return max(self.seen[low] + slope * (tokens - low), 0.1 * self.seen[low])
+@dataclass(slots=True)
+class _Habit:
+    """How often a request's drafted tokens stand, and how much of a draft that was asked for there is, and lately."""
+
+    stands: float
+    found: float
+    again: float = 0.0
 
 
 class Controller:
     """Decides for all requests that decode together. `most` is the longest draft.
 
-    `steps` are the times of steps by the tokens in them, `proposals` those of proposing by the tokens proposed.
+    `comparing` says that the drafts of the last answer are not to be verified, but compared with what comes.
     """
 
-    def __init__(self, most: int, steps: Times, proposals: Times) -> None:
+    def __init__(self, most: int, clocks: Clocks) -> None:
         self.most = most
-        self._steps, self._proposals = steps, proposals
-        self._chances: dict[str, float] = {}
-        self._usual = PRIOR
-        self._cap = 1  # drafts grow while they win
+        self.comparing = False
+        self._clocks = clocks
+        self._habits: dict[str, _Habit] = {}
+        self._usual = _Habit(PRIOR, 1.0)
+        self._cap = 2  # drafts grow while they win
         self._held: dict[str, int] = {}
         self._left = 0  # steps for which what is held still holds
-        self._clock = 0.0  # seconds of steps seen
-        self._probe_at = 0.0
+        self._clock = 0.0
+        self._try_at = 0.0  # when what seems worse is tried again
+        self._lessons = LESSONS
+        self._tries = self._turn = 0
+        self._lately = 0.0  # the share of steps with drafts
+        self._hopeless = HOPELESS
+        self._trying = False
+        self._news = True  # since the last decision
+        self._gain = 1.0  # that the drafts that are held promised
+        self._promise = 0.0  # tokens that a step with them was to bring
+        self._promised = self._came = self._truth = 1.0  # means of that and of what came, and their ratio
 
-    def lengths(self, requests: Sequence[str]) -> list[int]:
-        """How many tokens to draft for each; all zero where that is best."""
-        if self._left <= 0 or any(name not in self._held for name in requests):
-            self._held = dict(zip(requests, self._decide(requests), strict=True))
-            self._left = LASTS if any(self._held.values()) else 1
+    def lengths(self, requests: Sequence[str], now: float) -> list[int]:
+        """How many tokens to draft for each, at a time in seconds; all zero where that is best."""
+        self.comparing, self._clock = False, now
+        known = bucket(len(requests)) in self._clocks.alone.seen
+        if not requests or not known:
+            return [0] * len(requests)  # what it takes without drafts comes first
+        if self._lessons:
+            self._lessons, self._promise, self._trying = self._lessons - 1, 0.0, True
+            return [min(COMPARED, self.most), *[0] * (len(requests) - 1)]
         self._left -= 1
+        if (self._news and self._left < 0) or any([name not in self._held for name in requests]):  # noqa: C419  faster
+            self._decide(requests)
         found = [self._held[name] for name in requests]
-        if any(found) or self._clock < self._probe_at or not requests:
-            return found
-        self._left = 0
-        chosen = max(range(len(requests)), key=lambda index: self._chance(requests[index]))
-        return [min(PROBE_TOKENS, self.most) if index == chosen else 0 for index in range(len(requests))]
+        drafting = any(found)
+        if self._clock >= self._try_at:
+            self._left, self._trying = 0, True
+            return [0] * len(found) if drafting else self._try(requests)
+        return found
 
-    def _decide(self, requests: Sequence[str]) -> list[int]:
-        count = len(requests)
-        if count not in self._steps.seen:
-            return [0] * count  # what it takes without drafts comes first
-        chances = [self._chance(name) for name in requests]
-        best, lengths = self._rate(count, count, 0) * GAIN, [0] * count
-        for floor in FLOORS:
-            tried = [reach(chance, floor, self._cap) for chance in chances]
-            tokens = count + sum(gain(chance, length) for chance, length in zip(chances, tried, strict=True))
-            rate = self._rate(tokens, count + sum(tried), sum(tried))
-            if sum(tried) and rate > best:
-                best, lengths = rate, tried
+    def _decide(self, requests: Sequence[str]) -> None:
+        """Hold what is best for some steps."""
+        enough = STAY if any(self._held.values()) else BEGIN
+        self._gain, lengths = self._best(requests)
+        if self._gain < enough:
+            self._gain, lengths = 1.0, [0] * len(requests)
+        self._held = dict(zip(requests, lengths, strict=True))
+        self._left, self._news = LASTS - 1 if any(lengths) and self._clocks.drafted.seen else 0, False
         if max(lengths) == self._cap:
             self._cap = min(2 * self._cap, self.most)
-        return lengths
 
-    def _rate(self, brought: float, run: int, drafted: int) -> float:
-        """Tokens a second if a step over `run` tokens brings so many."""
-        seconds = self._steps.at(run) + (self._proposals.at(drafted) if drafted else 0.0)
-        return brought / seconds if seconds else brought
+    def _try(self, requests: Sequence[str]) -> list[int]:
+        """Drafts where none seem best."""
+        self._tries += 1
+        if self._tries % EARNEST == 0:
+            promised, best = self._best(requests)
+            self._hopeless = HOPELESS if promised > self._hopeless else DESPAIR * self._hopeless
+            if self._hopeless == HOPELESS:
+                return best
+        self.comparing = True
+        count, seen = len(requests), self._clocks.proposing
+        most = int(self._clocks.alone.at(count) / seen.at(COMPARED)) if seen.seen else 1
+        most = max(1, min(most, AT_ONCE, count))
+        chosen = {(self._turn + index) % count for index in range(most)}
+        self._turn += most if seen.seen else 0
+        return [min(COMPARED, self.most) if index in chosen else 0 for index in range(count)]
 
-    def _chance(self, name: str) -> float:
-        return self._chances.get(name, self._usual)
+    def _best(self, requests: Sequence[str]) -> tuple[float, list[int]]:
+        """The drafts that promise most, and how much faster than none they are."""
+        count, lengths = len(requests), [0] * len(requests)
+        if not self._clocks.proposing.seen:
+            return 0.0, lengths  # what it takes to propose comes first, too
+        places = self._places(requests)
+        best, taken, brought, drafted, end = 0.0, 0, 0.0, 0.0, 0
+        for floor in FLOORS:
+            while end < len(places) and places[end][0] >= floor:
+                standing, found, _ = places[end]
+                brought, drafted, end = brought + standing * found, drafted + found, end + 1
+            rate = self._rate(count + self._truth * brought, count, max(1, round(drafted)))
+            if end and rate > best:
+                best, taken, self._promise = rate, end, brought
+        for _, _, index in places[:taken]:
+            lengths[index] += 1
+        return best / self._rate(count, count, 0), lengths
 
-    def stepped(self, requests: int, drafted: int, seconds: float) -> None:
-        """A step of so many requests, with `drafted` tokens beside theirs, took so long, proposing included."""
-        self._clock += seconds
-        if drafted and not any(self._held.values()):  # it was a probe
-            lost = max(0.0, seconds - self._steps.at(requests))
-            self._probe_at = self._clock + lost / PROBE_SHARE
+    def _places(self, requests: Sequence[str]) -> list[tuple[float, float, int]]:
+        """All that may be drafted, the likeliest first: the chances that it stands and is found, and for whom."""
+        places = []
+        for index, name in enumerate(requests):
+            habit, standing = self._habits.get(name, self._usual), 1.0
+            for _ in range(self._cap):
+                standing *= habit.stands
+                if standing < FLOORS[-1]:
+                    break
+                places.append((standing, max(habit.found, habit.again), index))
+        places.sort(reverse=True)
+        return places
+
+    def _rate(self, brought: float, requests: int, drafted: int) -> float:
+        """Tokens a second if a step of so many requests and drafted tokens brings so many."""
+        clocks, seconds = self._clocks, self._clocks.alone.at(requests)
+        if drafted:
+            # As long as none with drafts was seen, they cost nothing: else none would ever be seen.
+            step = clocks.drafted.at(requests + drafted, (requests, seconds)) if clocks.drafted.seen else 0.0
+            seconds = max(seconds, step) + clocks.proposing.at(drafted)
+        return brought / seconds
+
+    def stepped(self, requests: int, drafted: int, brought: int, seconds: float, proposing: float) -> None:
+        """A step of so many requests, with `drafted` tokens beside theirs, `brought` that many more than one each.
+
+        It took so many `seconds`, of that `proposing`.
+        """
+        self._lately += (1 - LATELY) * (bool(drafted) - self._lately)
+        now, alone, drafting = self._clock + seconds, self._clocks.alone.at(requests), any(self._held.values())
+        if drafting or drafted:
+            lost = (self._gain - 1) * alone if drafting else seconds - alone
+            if lost > alone and self._clocks.proposing.seen:
+                self._lessons = 0
+            if not (drafting and self._trying):
+                self._expect(brought)
+            if self._trying or not drafted:
+                self._try_at = max(self._try_at, now + max(lost, LEAST * alone) / self._share())
+        elif proposing:
+            self._try_at = max(self._try_at, now) + max(proposing, LEAST * alone) / self._share()
+        self._news = self._news or bool(drafted)
+        self._trying = False
+        if not self._clocks.proposing.seen:
+            self._try_at = 0.0  # the first time there was more to do: once more
+
+    def rest(self, requests: int) -> int:
+        """For how many steps of as many requests nothing is to be drafted, nor anything to be asked."""
+        alone = self._clocks.alone.at(requests)
+        if any(self._held.values()) or self._news or self._lessons or not alone:
+            return 0
+        return min(NAP, max(0, int((self._try_at - self._clock) / alone)))
+
+    def _share(self) -> float:
+        """Of the time that may be lost on trying."""
+        return TRYING + MORE * self._lately
+
+    def _expect(self, brought: int) -> None:
+        """Learn how much of what drafts promise comes true: those that promise most are those that err most."""
+        if not self._promise:
+            return
+        self._promised = TRUTH * self._promised + (1 - TRUTH) * self._promise
+        self._came = TRUTH * self._came + (1 - TRUTH) * brought
+        self._truth = min(max(self._came / self._promised, 0.3), 1.2)
+
+    def proposed(self, name: str, asked: int, drafted: int) -> None:
+        """For a request there were so many tokens of those asked for."""
+        own, share = self._own(name), drafted / asked
+        own.found, own.again = _kept(FOUND * own.found + (1 - FOUND) * share), AGAIN * own.again + (1 - AGAIN) * share
+        self._usual.found = _kept(MEMORY_OF_ALL * self._usual.found + (1 - MEMORY_OF_ALL) * share)
+        self._news = self._news or drafted > 0 or not self.comparing
 
     def verified(self, name: str, drafted: int, stood: int) -> None:
         """Of a request's draft so many tokens stood; those behind the first that did not say nothing."""
-        chance = self._chance(name)
         for index in range(min(stood + 1, drafted)):
-            chance = MEMORY * chance + (1 - MEMORY) * (index < stood)
-            self._usual = 0.98 * self._usual + 0.02 * (index < stood)
-        self._chances[name] = min(max(chance, LOWEST), HIGHEST)
+            for one, memory in ((self._own(name), MEMORY), (self._usual, MEMORY_OF_ALL)):
+                one.stands = _kept(memory * one.stands + (1 - memory) * (index < stood))
+        self._news = True
+
+    def _own(self, name: str) -> _Habit:
+        """That of a request, from now on."""
+        return self._habits.setdefault(name, _Habit(self._usual.stands, self._usual.found))
 
     def forget(self, name: str) -> None:
         """A request has ended."""
-        self._chances.pop(name, None)
+        self._habits.pop(name, None)
         self._held.pop(name, None)
 
 
-def reach(chance: float, floor: float, most: int) -> int:
-    """The longest draft whose last token stands with a chance of at least `floor`."""
-    length, standing = 0, chance
-    while length < most and standing >= floor:
-        length, standing = length + 1, standing * chance
-    return length
-
-
-def gain(chance: float, length: int) -> float:
-    """Tokens that a draft of this length brings on average."""
-    return chance * (1 - chance**length) / (1 - chance)
+def _kept(chance: float) -> float:
+    return min(max(chance, LOWEST), HIGHEST)

@@ -1,6 +1,7 @@
 """A small model with the same tokens drafts for a large one, over a paged cache of its own.
 
-A request's tokens are caught up with only when they are drafted for again. Whoever gets no room is not drafted for.
+A request's tokens are caught up with only when they are drafted for again, and what another that begins alike had run
+is shared. Whoever gets no room is not drafted for.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from llmopt_cli.runtime.kv_cache import hang_cache, release_cache
 from llmopt_cli.runtime.request import Request
 from llmopt_cli.runtime.runner import ModelRunner
 from llmopt_cli.runtime.sampler import weights_of
-from llmopt_cli.runtime.scheduler import Chunk
+from llmopt_cli.runtime.scheduler import Chunk, SchedulerState
 from llmopt_cli.runtime.speculative.proposer import Draft
 from llmopt_cli.runtime.speculative.room import Room
 from llmopt_cli.runtime.speculative.verify import draw
+from llmopt_cli.spec.recipe import Batching
 
 
 @dataclass(slots=True, eq=False)
@@ -52,16 +54,17 @@ class _Follower:
 
 
 class DraftModel:
-    """Drafts with `loaded`, whose cache of `size` it hangs. At most `budget` tokens run at once.
+    """Drafts with `loaded`, whose cache of `size` it hangs. The token budget is the target's, and so is what is shared.
 
     Texts that would be longer than `context` are left alone.
     """
 
-    def __init__(self, loaded: LoadedModel, size: CacheSize, budget: int, context: int) -> None:
+    def __init__(self, loaded: LoadedModel, size: CacheSize, batching: Batching, context: int) -> None:
         self._layers = paged_layers(loaded.model)
         hang_cache(self._layers, size, loaded.dtype, loaded.device)
         self._runner = ModelRunner(loaded, size.block_size, Loras(loaded.model, ()))
-        self._room, self._budget, self._context = Room(size.num_blocks, size.block_size), budget, context
+        self._room, self._context = Room(size.num_blocks, size.block_size), context
+        self._state = SchedulerState(batching, self._room.pool, share_prefixes=batching.enable_prefix_caching)
         self._followers: dict[str, _Follower] = {}
 
     def propose(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
@@ -90,15 +93,30 @@ class DraftModel:
         for request in requests:
             follower, tokens = self._follower(request), request.num_tokens + wanted[request.request_id]
             follower.settle()
+            self._share(follower.request)
             others = (other.request.blocks for name, other in self._followers.items() if name not in wanted)
             if tokens <= self._context and self._room.make(follower.request.blocks, tokens, others):
                 running.append(request.request_id)
         return running
 
+    def _share(self, shadow: Request) -> None:
+        """Others are to find what is cached of a request; one of which nothing is cached yet begins with theirs."""
+        if shadow.num_computed:
+            self._state.publish(shadow)
+            return
+        self._state.release(shadow)
+        for block in self._state.find_prefix(shadow):
+            self._room.pool.hold(block)
+            shadow.blocks.append(block)
+        shadow.num_published = len(shadow.blocks)
+        shadow.num_computed = shadow.num_cached = shadow.num_published * self._state.limits.block_size
+
     def _follower(self, request: Request) -> _Follower:
         found = self._followers.get(request.request_id)
         if found is None:
-            shadow = Request(request.request_id, request.token_ids, request.num_prompt, request.params)
+            shadow = Request(
+                request.request_id, request.token_ids, request.num_prompt, request.params, salt=request.salt
+            )
             # Another stream than the verifier's: a draft must not depend on the numbers that judge it.
             seed = request.params.seed
             stream = Random(None if seed is None else f"draft/{seed}")
@@ -108,7 +126,7 @@ class DraftModel:
     def _run(self, names: Sequence[str]) -> dict[str, tuple[int, Tensor | None]]:
         """One pass: the next token of each that is caught up with, and the distribution it was drawn from."""
         shadows = {name: self._followers[name].request for name in names}
-        chunks, left = [], self._budget
+        chunks, left = [], self._state.limits.max_num_batched_tokens
         for name, shadow in shadows.items():
             length = min(left, shadow.num_wanted)
             if length:

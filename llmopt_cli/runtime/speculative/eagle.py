@@ -16,11 +16,10 @@ from torch import Tensor
 from llmopt_cli.model.load import LoadedModel
 from llmopt_cli.runtime.request import Request
 from llmopt_cli.runtime.scheduler import Chunk
-from llmopt_cli.runtime.speculative.heads import LAYER, MAP, Heads
+from llmopt_cli.runtime.speculative.heads import LAYER, MAP, Heads, layer_spec
 from llmopt_cli.runtime.speculative.heads_output import output_matrix
 from llmopt_cli.runtime.speculative.proposer import Draft
 from llmopt_cli.runtime.speculative.room import Room
-from llmopt_cli.spec.model import ModelSpec
 from llmopt_kernels import (
     PagedBatch,
     Pages,
@@ -56,7 +55,7 @@ class EagleLayer:
 
     def __init__(self, heads: Heads, loaded: LoadedModel, positions: int, slots: int) -> None:
         config, dtype, device = heads.checkpoint.config, loaded.dtype, loaded.device
-        spec = ModelSpec.from_hf({"model_type": "llama", **config}, heads.checkpoint.name)
+        spec = layer_spec(config)
         held = heads.tensors(dtype, device)
         self._embed, self._output = loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
         self._tokens = held.get(MAP)
@@ -72,7 +71,7 @@ class EagleLayer:
         self._heads, self._kv_heads, self._dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self._rule = Rule(spec.head_dim**-0.5)
         self._cos, self._sin = angles(config, positions, dtype, device)
-        self._k, self._v = (Pages.empty(slots, spec.num_kv_heads, spec.head_dim, dtype, device) for _ in "kv")
+        self._k, self._v = (Pages.empty(slots, *shape, dtype, device) for shape in heads.cached_shapes)
 
     def __call__(self, tokens: Tensor, hidden: Tensor, positions: Tensor, batch: PagedBatch) -> Tensor:
         """Hidden states (T, H) of `tokens` (T,), as guessed from those before them, `hidden` (T, H) at `positions`."""
@@ -156,6 +155,8 @@ class _Known(NamedTuple):
 
 class Eagle:
     """Drafts with an EAGLE head: certain drafts. Its cache has `num_blocks`; at most `budget` tokens run at once."""
+
+    unseen = 256
 
     def __init__(
         self, heads: Heads, loaded: LoadedModel, num_blocks: int, block_size: int, budget: int, positions: int

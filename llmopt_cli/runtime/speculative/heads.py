@@ -52,6 +52,14 @@ class Heads:
         _check(checkpoint, found, base)
         return cls(found, checkpoint)
 
+    @property
+    def cached_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(heads, head size) of all keys and values that are cached for a token: EAGLE's layer has one of each."""
+        if self.kind != "eagle":
+            return ()
+        own = layer_spec(self.checkpoint.config)
+        return ((own.num_kv_heads, own.head_dim),) * 2
+
     def tensors(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """All of them by name, but for copies of the base model's own. CheckpointError if one drafts no token."""
         stored = {name: t for file in self.checkpoint.files for name, t in load_file(file, str(device)).items()}
@@ -86,7 +94,7 @@ def medusa_shapes(config: Mapping[str, Any], spec: ModelSpec) -> Shapes:
 
 def eagle_shapes(config: Mapping[str, Any], spec: ModelSpec) -> Shapes:
     """`fc` joins embedding and hidden state, one Llama layer without a norm before its attention follows."""
-    own = ModelSpec.from_hf({"model_type": "llama", **config}, "heads")
+    own = layer_spec(config)
     if own.num_layers != 1 or config.get("hidden_act", "silu") != "silu":
         raise ModelError("EAGLE heads are one layer with a SiLU", "give heads in the format of EAGLE-1 for Llama")
     size, queries, keys = spec.hidden_size, own.num_heads * own.head_dim, own.num_kv_heads * own.head_dim
@@ -99,6 +107,11 @@ def eagle_shapes(config: Mapping[str, Any], spec: ModelSpec) -> Shapes:
         f"{LAYER}mlp.down_proj.weight": (size, own.ffn_size),
         f"{LAYER}post_attention_layernorm.weight": (size,),
     }
+
+
+def layer_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The shape of EAGLE's one layer."""
+    return ModelSpec.from_hf({"model_type": "llama", **config}, "heads")
 
 
 KINDS: dict[str, Callable[[Mapping[str, Any], ModelSpec], Shapes]] = {"medusa": medusa_shapes, "eagle": eagle_shapes}

@@ -27,3 +27,13 @@ def commonest(ids: Tensor, vocabulary: int) -> Tensor:
     """int64 (V / SHARE,): the tokens that come most often in `ids`, in order of their numbers."""
     counts = torch.bincount(ids.flatten(), minlength=vocabulary)
     return counts.argsort(descending=True, stable=True)[: max(1, vocabulary // SHARE)].sort().values
+
+
+def ranks_of(said: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
+    """How many of the drafted `tokens` (K,), in order of their numbers, are likelier than what is `said` (...).
+
+    `logits` are (..., K); K for what is not drafted. int64 (...).
+    """
+    places = torch.searchsorted(tokens, said.contiguous()).clamp(max=len(tokens) - 1)
+    others = (~(logits <= logits.gather(-1, places[..., None]))).sum(-1)  # NaN is no better than any
+    return torch.where(tokens[places] == said, others, len(tokens))

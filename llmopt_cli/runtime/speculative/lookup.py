@@ -7,6 +7,7 @@ long (SuffixDecoding, arXiv 2411.04975). Both index every token once.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,24 +16,44 @@ from llmopt_cli.runtime.speculative.automaton import Automaton
 from llmopt_cli.runtime.speculative.proposer import Draft
 
 REMEMBERED = 200_000  # tokens of ended answers, in each of two generations
+AT_ONCE = 64  # of those that become known at a time
 SEPARATOR = -1  # between answers: no token
 REACH = 2  # tokens proposed for each that matched, at most
 FEWEST = 2  # tokens that must match
+LOOKED_AT = 64  # occurrences of an n-gram, at most
 
 
 @dataclass(slots=True)
 class _Places:
-    """Where each n-gram of a text ended last, but for the one that ends the text."""
+    """Where each n-gram of the shortest size ended last, and where the one that ended here ended `before`."""
 
     indexed: int = 0
     last: dict[tuple[int, ...], int] = field(default_factory=dict)
+    before: dict[int, int] = field(default_factory=dict)
 
-    def catch_up(self, tokens: Sequence[int], shortest: int, longest: int) -> None:
-        """Index the tokens that came since."""
-        for end in range(max(self.indexed, shortest), len(tokens)):
-            for size in range(shortest, min(longest, end) + 1):
-                self.last[tuple(tokens[end - size : end])] = end
-        self.indexed = len(tokens)
+    def catch_up(self, tokens: Sequence[int], size: int) -> None:
+        """Index what came since, but for the n-gram that ends the text."""
+        first, behind = max(self.indexed, size), len(tokens) - size
+        grams = zip(*(tokens[first - size + offset : behind + offset] for offset in range(size)), strict=True)
+        for end, gram in enumerate(grams, first):
+            if gram in self.last:
+                self.before[end] = self.last[gram]
+            self.last[gram] = end
+        self.indexed = max(first, len(tokens))
+
+    def find(self, tokens: Sequence[int], shortest: int, longest: int) -> int:
+        """Where the longest of the last n-grams ended before, the latest of such places; 0 if nowhere."""
+        place = self.last.get(tuple(tokens[-shortest:]), 0)
+        found, most = 0, shortest - 1
+        for _ in range(LOOKED_AT):
+            if not place or most >= longest:
+                break
+            size = shortest
+            while size < min(longest, place) and tokens[place - size - 1] == tokens[-size - 1]:
+                size += 1
+            found, most = (place, size) if size > most else (found, most)
+            place = self.before.get(place, 0)
+        return found
 
 
 class NGram:
@@ -44,17 +65,14 @@ class NGram:
 
     def propose(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
         """Nothing where no n-gram recurs."""
-        return [self._propose(request, length) for request, length in zip(requests, lengths, strict=True)]
+        return [self._propose(one, most) if most else Draft() for one, most in zip(requests, lengths, strict=True)]
 
     def _propose(self, request: Request, length: int) -> Draft:
         tokens = request.token_ids
         places = self._places.setdefault(request.request_id, _Places())
-        places.catch_up(tokens, self._shortest, self._longest)
-        for size in range(min(self._longest, len(tokens)), self._shortest - 1, -1):
-            found = places.last.get(tuple(tokens[-size:]))
-            if found is not None:
-                return Draft(tuple(_cycled(tokens, found, length)))
-        return Draft()
+        places.catch_up(tokens, self._shortest)
+        found = places.find(tokens, self._shortest, self._longest)
+        return Draft(tuple(_cycled(tokens, found, length))) if found else Draft()
 
     def forget(self, request_id: str) -> None:
         """Drop a request's index."""
@@ -89,11 +107,13 @@ class Suffix:
     def __init__(self, remembered: int = REMEMBERED) -> None:
         self._matched: dict[str, _Matched] = {}
         self._others: dict[int, Automaton] = {0: Automaton()}  # generations, the newest last
+        self._ended: deque[int] = deque(maxlen=remembered)  # tokens that are not there yet
         self._remembered = remembered
 
     def propose(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
         """Nothing where fewer than FEWEST tokens occurred before; up to REACH times as many as did."""
-        return [self._propose(request, length) for request, length in zip(requests, lengths, strict=True)]
+        self._remember()
+        return [self._propose(one, most) if most else Draft() for one, most in zip(requests, lengths, strict=True)]
 
     def _propose(self, request: Request, length: int) -> Draft:
         matched = self._matched.get(request.request_id)
@@ -119,13 +139,16 @@ class Suffix:
                 matched.elsewhere = {name: one.follow(*known.get(name, (0, 0)), token) for name, one in others}
 
     def forget(self, request_id: str) -> None:
-        """Remember an ended request's text for others. The oldest is forgotten when there is too much."""
+        """Remember an ended request's text for others, when there is time. The oldest is forgotten in the end."""
         matched = self._matched.pop(request_id, None)
-        if matched is None or matched.request.params.cache_salt:
-            return
+        if matched is not None and not matched.request.params.cache_salt:
+            self._ended.extend((*matched.request.token_ids, SEPARATOR))
+
+    def _remember(self) -> None:
+        """Some more of what has ended."""
         newest = max(self._others)
-        for token in (*matched.request.token_ids, SEPARATOR):
-            self._others[newest].add(token)
+        for _ in range(min(AT_ONCE, len(self._ended))):
+            self._others[newest].add(self._ended.popleft())
         if len(self._others[newest].text) > self._remembered:
             self._others.pop(newest - 1, None)
             self._others[newest + 1] = Automaton()

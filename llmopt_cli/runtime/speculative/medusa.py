@@ -76,6 +76,8 @@ class MedusaHeads:
 class Medusa:
     """Drafts with Medusa heads: certain drafts, no longer than there are heads."""
 
+    unseen = 1
+
     def __init__(self, heads: Heads, loaded: LoadedModel) -> None:
         output = getattr(loaded.model.get_output_embeddings(), "weight", None)
         self._heads = MedusaHeads.of(heads.tensors(loaded.dtype, loaded.device), heads.checkpoint.config, output)

@@ -44,7 +44,9 @@ class Proposer(Protocol):
 
 @runtime_checkable
 class Watching(Proposer, Protocol):
-    """One that drafts from the model's own hidden states."""
+    """One that drafts from the model's own hidden states: those of so many latest tokens may wait until it drafts."""
+
+    unseen: int
 
     def see(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
         """What the output head read in a step, (T, H), chunk after chunk, before any of it is verified."""

@@ -6,57 +6,98 @@ Between a proposer, which guesses, and a controller, which decides how far; judg
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from llmopt_cli.runtime.journal import Journal
 from llmopt_cli.runtime.live import Live
 from llmopt_cli.runtime.request import Request, RequestOutput
 from llmopt_cli.runtime.scheduler import Chunk
-from llmopt_cli.runtime.speculative.controller import Controller, Times
+from llmopt_cli.runtime.speculative.controller import Clocks, Controller
 from llmopt_cli.runtime.speculative.proposer import Proposer, Watching
+from llmopt_cli.runtime.speculative.times import bucket
 from llmopt_cli.runtime.stats import Tally
+
+FEWER = 0.8  # of the requests are left: then what was decided is asked again
 
 
 class Speculator:
-    """Drafts up to `most` tokens a request with `proposer`; always that many unless it may `adapt`."""
+    """Drafts up to `most` tokens a request with `proposer`; always that many unless it may `adapt`.
+
+    While nothing is drafted, most steps take no longer with it, however many requests run.
+    """
 
     def __init__(self, proposer: Proposer, most: int, adapt: bool = True) -> None:
         self.tally = Tally()
         self._proposer, self._most = proposer, most
-        self._times, self._proposals = Times(), Times()
-        self._controller = Controller(most, self._times, self._proposals) if adapt else None
+        self._watching = proposer if isinstance(proposer, Watching) else None
+        self._clocks = Clocks()
+        self._controller = Controller(most, self._clocks) if adapt else None
         self._known: dict[str, Request] = {}
         self._live: Mapping[str, Live] = {}
-        self._proposing = 0.0
-        self._began = 0.0
+        self._asked: dict[str, int] = {}  # tokens that were to be drafted, if any, by request
+        self._guessed: dict[str, tuple[int, tuple[int, ...]]] = {}  # from where on, and what was proposed
+        self._ready: set[str] = set()  # those with whom the proposer is up to date
+        self._unseen: deque[tuple[Sequence[Chunk], Tensor]] = deque()
+        self._waiting = 0  # tokens in it
+        self._began = self._proposing = 0.0
+        self._rest = self._rested = 0  # steps in which nothing is drafted and nobody asked: still, and so far
+        self._few = 0.0  # requests left for which that is over
+        self._resting = False
 
     def draft(self, running: Sequence[Request], live: Mapping[str, Live], journal: Journal | None = None) -> None:
         """Before a step is planned: give those that decode what is to be verified in it. Beams are not `live`."""
-        begun = time.perf_counter()
+        if self._rest > 0 and len(running) >= self._few:
+            self._rest, self._rested, self._resting = self._rest - 1, self._rested + 1, True
+            return
+        self._began, self._asked, self._rest, self._resting = time.perf_counter(), {}, 0, False
         self._live = live
         self._forget(live)
+        self._compare()
         here = [live[one.request_id] for one in running if one.request_id in live]
+        open_to = [(one, most) for one in here if (most := one.most_drafts) > 0]
         for one in here:
             one.request.drafts = ()
-            self._known[one.request.request_id] = one.request
-        open_to = [one for one in here if one.most_drafts > 0]
-        names = [one.request.request_id for one in open_to]
-        wanted = self._controller.lengths(names) if self._controller else [self._most] * len(names)
-        lengths = [min(one.most_drafts, length) for one, length in zip(open_to, wanted, strict=True)]
-        if any(lengths):
-            self._propose(open_to, lengths)
+        names = [one.request.request_id for one, _ in open_to]
+        wanted = self._controller.lengths(names, self._began) if self._controller else [self._most] * len(names)
+        if any(wanted):
+            self._propose([(one, min(most, each)) for (one, most), each in zip(open_to, wanted, strict=True)])
         for one in here if journal else ():
             if journal and one.request.drafts:
                 journal.draft(one.request)
-        self._began = time.perf_counter()
-        self._proposing = self._began - begun
+        self._proposing = time.perf_counter() - self._began
 
-    def _propose(self, lives: Sequence[Live], lengths: Sequence[int]) -> None:
-        found = self._proposer.propose([one.request for one in lives], lengths)
-        for one, draft, length in zip(lives, found, lengths, strict=True):
-            one.request.drafts, one.chances = draft.tokens[:length], draft.chances
+    def _propose(self, wanted: Sequence[tuple[Live, int]]) -> None:
+        """Ask for so many tokens of each."""
+        self._show()
+        requests, lengths = [one.request for one, _ in wanted], [length for _, length in wanted]
+        found = self._proposer.propose(requests, lengths)
+        comparing = self._controller is not None and self._controller.comparing
+        for (one, length), draft in zip(wanted, found, strict=True):
+            if not length:
+                continue
+            request, tokens = one.request, draft.tokens[:length]
+            self._asked[request.request_id], self._known[request.request_id] = length, request
+            if self._controller:
+                self._controller.proposed(request.request_id, length, len(tokens))
+            if comparing:
+                self._guessed[request.request_id] = (request.num_tokens, tokens)
+            else:
+                request.drafts, one.chances = tokens, draft.chances
+
+    def _compare(self) -> None:
+        """What would have become of drafts that nobody verified, as far as it came."""
+        for name, (start, tokens) in list(self._guessed.items()):
+            came = self._live[name].request.token_ids[start : start + len(tokens)] if name in self._live else None
+            if came is not None and len(came) < len(tokens):
+                continue
+            del self._guessed[name]
+            if came is not None and self._controller:
+                stood = next((place for place, token in enumerate(came) if token != tokens[place]), len(came))
+                self._controller.verified(name, len(tokens), stood)
 
     def _forget(self, live: Mapping[str, Live]) -> None:
         """Those that have ended since."""
@@ -69,46 +110,85 @@ class Speculator:
 
     @property
     def see(self) -> Callable[[Sequence[Chunk], Tensor], None] | None:
-        """What is to be shown the hidden states (T, H) of every step, if the proposer drafts from them."""
-        watching = self._proposer
-        if not isinstance(watching, Watching):
-            return None
+        """What is to be given the hidden states (T, H) of every step, if the proposer drafts from them."""
+        return self._see if self._watching else None
 
-        def show(chunks: Sequence[Chunk], hidden: Tensor) -> None:
-            if all([chunk.request_id in self._live for chunk in chunks]):  # noqa: C419  beams would never be forgotten
-                watching.see(chunks, hidden)
+    def _see(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
+        """Keep them until a draft is wanted: the latest of so many tokens, and never less than those of one step."""
+        if self._watching is None or self._rest > self._watching.unseen:
+            return
+        self._unseen.append((chunks, hidden))
+        self._waiting += len(hidden)
+        while self._waiting > self._watching.unseen and len(self._unseen) > 1:
+            self._waiting -= len(self._unseen.popleft()[1])
 
-        return show
+    def _show(self) -> None:
+        """Let the proposer see what it has not, of those that are still here; beams would never be forgotten."""
+        if self._watching is None:
+            return
+        for chunks, hidden in self._unseen:
+            here = [chunk.request_id in self._live for chunk in chunks]
+            if not all(here):
+                parts = torch.split(hidden, [chunk.length for chunk in chunks])
+                hidden = torch.cat([part for part, kept in zip(parts, here, strict=True) if kept] or [hidden[:0]])
+                chunks = [chunk for chunk, kept in zip(chunks, here, strict=True) if kept]
+            self._watching.see(chunks, hidden)
+            for chunk in chunks:
+                self._known[chunk.request_id] = self._live[chunk.request_id].request
+        self._unseen.clear()
+        self._waiting = 0
 
     def learn(self, chunks: Sequence[Chunk], outputs: Sequence[RequestOutput]) -> None:
         """After a step: what became of the drafts, and how long it took, if all that ran were decoding."""
-        ran = {one.request_id: one for one in chunks if one.samples and one.length == one.drafts + 1}
-        # A prompt's last token may run alone, too: it lies before the answer.
-        decoded = [
-            (output, ran[output.request_id].drafts)
-            for output in outputs
-            if output.request_id in ran and ran[output.request_id].start >= output.num_prompt_tokens
-        ]
-        for output, drafted in decoded:
+        if self._resting:
+            self.tally.steps += len(outputs)
+            self.tally.emitted += len(outputs)
+            return
+        decoded = [one for one in outputs if len(one.token_ids) > one.num_new_tokens]  # a prompt's last token is none
+        drafted = 0
+        if self._asked or any([one.drafts for one in chunks]):  # noqa: C419  a list is the faster one
+            drafts = {one.request_id: one.drafts for one in chunks}
+            drafted = sum(drafts.values())
+            self._judge(drafts, decoded)
+        else:
+            self.tally.steps += len(decoded)
+            self.tally.emitted += len(decoded)
+        if len(decoded) == len(chunks) and sum([one.length for one in chunks]) == len(chunks) + drafted:
+            self._time(len(chunks), drafted, sum([one.num_new_tokens for one in decoded]))
+        elif self._asked and self._controller:
+            whole = self._clocks.alone.at(len(decoded)) + self._proposing
+            more = [one.num_new_tokens - 1 for one in decoded]
+            self._controller.stepped(len(decoded), drafted, sum(more), whole, self._proposing)
+        self._ready = set(self._asked)
+
+    def _judge(self, drafts: Mapping[str, int], decoded: Sequence[RequestOutput]) -> None:
+        """Count the drafts that stood."""
+        for output in decoded:
+            drafted = drafts.get(output.request_id, 0)
             stood = min(drafted, output.num_new_tokens - 1)
             self.tally.add(drafted, stood)
-            if self._controller and not output.finished:
+            if self._controller and drafted and not output.finished:
                 self._controller.verified(output.request_id, drafted, stood)
-        if len(decoded) == len(chunks):
-            emitted = sum(output.num_new_tokens for output, _ in decoded)
-            self._time(len(chunks), sum(drafted for _, drafted in decoded), emitted)
 
     def _time(self, requests: int, drafted: int, emitted: int) -> None:
         """A step of decoding alone has ended."""
-        running = time.perf_counter() - self._began
-        self._times.add(requests + drafted, running)
+        whole, clocks = time.perf_counter() - self._began, self._clocks
         if drafted:
-            self._proposals.add(drafted, self._proposing)
-        self.tally.seconds += self._proposing + running
-        self.tally.alone += emitted / requests * self._times.at(requests)
+            clocks.drafted.add(requests + drafted, whole - self._proposing)
+        else:
+            clocks.alone.add(requests, whole - self._proposing)
+        if self._asked and self._ready.issuperset(self._asked):  # else there was more to catch up with
+            clocks.proposing.add(max(1, drafted), self._proposing)
+        if bucket(requests) in clocks.alone.seen:
+            rested = self._rested * clocks.alone.at(requests)
+            self.tally.seconds += whole + rested
+            self.tally.alone += emitted / requests * clocks.alone.at(requests) + rested
+        self._rested = 0
         if self._controller:
-            self._controller.stepped(requests, drafted, self._proposing + running)
+            self._controller.stepped(requests, drafted, emitted - requests, whole, self._proposing)
+            self._rest, self._few = self._controller.rest(requests), FEWER * requests
 
     def close(self) -> None:
         """Let go of what the proposer holds."""
+        self._unseen.clear()
         self._proposer.close()

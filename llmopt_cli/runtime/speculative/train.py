@@ -35,8 +35,8 @@ class Pupil(Protocol):
         """How far off the heads are on windows `ids` (B, L) with the model's `hidden` states (B, L, H)."""
         ...
 
-    def hits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Whether each draft of a chain is what the model says: bool (B, L - n, n).
+    def ranks(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """How many tokens are likelier than what the model says, for each place of a draft: int64 (B, L - n, n).
 
         Row t is of a draft behind token t + 1; its places after a wrong one are as if that had been right.
         """
@@ -137,21 +137,26 @@ def _slope(past: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (past - WARM) / (1 - WARM)))
 
 
-@torch.no_grad()
 def score(pupil: Pupil, ids: Tensor, hidden: Tensor, begin: int) -> Score:
     """Draft along windows `ids` (N, L) that the model wrote itself from token `begin` on."""
-    parts = [
-        pupil.hits(ids[at : at + SCORED].to(hidden.device), hidden[at : at + SCORED].float()).cpu()
-        for at in range(0, len(ids), SCORED)
-    ]
-    hits = torch.cat(parts)[:, begin - 1 :]
+    hits = ranks(pupil, ids, hidden, begin) == 0
     stood = hits.long().cumprod(-1)
     most = hits.shape[-1]
-    brought = tuple(_walked(stood[..., :length].sum(-1)) for length in range(1, most + 1))
+    brought = tuple(walked(stood[..., :length].sum(-1)) for length in range(1, most + 1))
     return Score(tuple(hits.float().mean((0, 1)).tolist()), brought)
 
 
-def _walked(stood: Tensor) -> float:
+@torch.no_grad()
+def ranks(pupil: Pupil, ids: Tensor, hidden: Tensor, begin: int) -> Tensor:
+    """Those of `pupil` int64 (N, L - n - begin + 1, n), along windows that the model wrote from token `begin` on."""
+    parts = [
+        pupil.ranks(ids[at : at + SCORED].to(hidden.device), hidden[at : at + SCORED].float()).cpu()
+        for at in range(0, len(ids), SCORED)
+    ]
+    return torch.cat(parts)[:, begin - 1 :]
+
+
+def walked(stood: Tensor) -> float:
     """Tokens a step, going through each row of `stood` (N, T) from draft to draft."""
     steps = tokens = 0
     for row in stood.tolist():

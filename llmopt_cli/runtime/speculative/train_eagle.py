@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmopt_cli.runtime.speculative.heads import LAYER
+from llmopt_cli.runtime.speculative.heads_output import ranks_of
 
 FADING = 0.8  # each step counts so much of the one before it
 CLOSENESS = 0.1  # weight of the distance between hidden states beside that between distributions
@@ -90,12 +91,12 @@ class EaglePupil(nn.Module):
             total = total + FADING**step * (F.cross_entropy(found, said[:, step:].flatten(0, 1)) + CLOSENESS * far)
         return total
 
-    def hits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+    def ranks(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """See `Pupil`."""
         said = F.linear(hidden[:, 1:], self._output).argmax(-1)
         rows = ids.shape[1] - self.count
         found = [
-            (self._tokens[F.linear(guess, self._rows).argmax(-1)] == said)[:, step : step + rows]
+            ranks_of(said[:, step : step + rows], F.linear(guess[:, step : step + rows], self._rows), self._tokens)
             for step, guess in enumerate(self.unroll(ids, hidden))
         ]
         return torch.stack(found, dim=-1)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmopt_cli.runtime.speculative.heads_output import ranks_of
+
 FADING = 0.8  # each head counts so much of the one before it
 
 
@@ -41,12 +43,12 @@ class MedusaPupil(nn.Module):
             total = total + FADING**head * F.cross_entropy(found, said[:, 1 + head :].flatten(0, 1))
         return total
 
-    def hits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+    def ranks(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """See `Pupil`."""
         rows = hidden.shape[1] - self.count
         said = F.linear(hidden, self._output).argmax(-1)
         found = [
-            self._tokens[self.logits(hidden[:, :rows], head).argmax(-1)] == said[:, 1 + head : 1 + head + rows]
+            ranks_of(said[:, 1 + head : 1 + head + rows], self.logits(hidden[:, :rows], head), self._tokens)
             for head in range(self.count)
         ]
         return torch.stack(found, dim=-1)

@@ -1,0 +1,62 @@
+"""How long steps take, by how many tokens are in them: means that follow the machine, straight lines between them."""
+
+from __future__ import annotations
+
+from bisect import bisect
+from dataclasses import dataclass, field
+
+NEW = 0.1  # weight of something new in a mean, once there is much
+OUTLIER = 1.5  # times the mean: a longer step counts as so long, for machines pause
+SHORTER = 0.5  # weight of a step that is as much shorter: no pause explains that
+PARTS = 8  # of a doubling that are told apart
+
+
+@dataclass(slots=True)
+class Times:
+    """Mean seconds by a number of tokens; large numbers that are nearly the same share a mean."""
+
+    seen: dict[int, float] = field(default_factory=dict)
+    _counts: dict[int, int] = field(default_factory=dict)
+    _known: list[int] = field(default_factory=list)
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Something over so many took so long."""
+        place = bucket(tokens)
+        old, count = self.seen.get(place), self._counts.get(place, 0)
+        if old is None:
+            self._known.insert(bisect(self._known, place), place)
+            self.seen[place] = seconds
+        else:
+            share = max(NEW if OUTLIER * seconds > old else SHORTER, 1 / (count + 1))
+            self.seen[place] = (1 - share) * old + share * min(seconds, OUTLIER * old)
+        self._counts[place] = count + 1
+
+    def at(self, tokens: int, start: tuple[int, float] | None = None) -> float:
+        """What it takes. Where nothing larger was seen the line from the smallest on goes on; it may `start` elsewhere.
+
+        In proportion to tokens where one size alone is known, nothing where none is.
+        """
+        place, known = bucket(tokens), self._known
+        if place in self.seen:
+            return self.seen[place]
+        index = bisect(known, place)
+        points = [(one, self.seen[one]) for one in known]
+        below = max([*points[:index], *([start] if start and start[0] <= tokens else [])], default=None)
+        if below is None:
+            return points[0][1] if points else 0.0
+        if index < len(known):
+            return _between(below, points[index], tokens)
+        first = start or points[0]
+        if first[0] >= below[0]:
+            return below[1] * tokens / below[0]
+        return below[1] + max(0.0, (below[1] - first[1]) / (below[0] - first[0])) * (tokens - below[0])
+
+
+def bucket(tokens: int) -> int:
+    """The smallest number that shares a mean with this one."""
+    width = max(1, (1 << max(tokens, 1).bit_length() - 1) // PARTS)
+    return tokens // width * width
+
+
+def _between(low: tuple[int, float], high: tuple[int, float], tokens: int) -> float:
+    return low[1] + (high[1] - low[1]) * (tokens - low[0]) / (high[0] - low[0])
