@@ -18,16 +18,13 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], streams: Sequence[R
     """One token for each row of `logits` (N, V): the likeliest at temperature 0, else drawn with the row's stream."""
     tokens: list[int] = argmax(logits).tolist()
     for cut in (False, True):
-        # Rows that cut off the unlikely and rows that don't are drawn apart: they walk the vocabulary in other orders.
+        # Rows that cut off the unlikely are sorted, others need not be.
         rows = [i for i, p in enumerate(params) if p.temperature > 0 and p.cuts == cut]
-        if not rows:
-            continue
-        chosen = [params[row] for row in rows]
-        uniforms = [streams[row].random() for row in rows]
-        probabilities = _probabilities(logits[rows], chosen)
-        drawn = _draw_cut(probabilities, uniforms, chosen) if cut else _invert(probabilities, uniforms).tolist()
-        for row, token in zip(rows, drawn, strict=True):
-            tokens[row] = token
+        if rows:
+            uniforms = [streams[row].random() for row in rows]
+            drawn = _invert(weights_of(logits[rows], [params[row] for row in rows]), uniforms).tolist()
+            for row, token in zip(rows, drawn, strict=True):
+                tokens[row] = token
     return tokens
 
 
@@ -45,11 +42,6 @@ def weights_of(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         kept, order = _cut(probabilities[rows], [params[row] for row in rows])
         weights[rows] = torch.zeros_like(kept).scatter(1, order, kept)
     return weights
-
-
-def _draw_cut(probabilities: Tensor, uniforms: Sequence[float], params: Sequence[SamplingParams]) -> list[int]:
-    kept, order = _cut(probabilities, params)
-    return order.gather(1, _invert(kept, uniforms)[:, None]).squeeze(1).tolist()
 
 
 def _cut(probabilities: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from llmopt_cli.runtime.speculative.controller import Clocks, Controller
-from llmopt_cli.runtime.speculative.times import Times, bucket
+from llmopt_cli.runtime.speculative.controller import Controller
+from llmopt_cli.runtime.speculative.times import Clocks, Times, bucket
 
 MOST = 8
 
@@ -53,9 +53,9 @@ class World:
         drafted = 0 if comparing else proposed
         running = self.step(requests + drafted) * (1 + self.noise * self.random.uniform(-1, 1))
         proposing = 0.0 if asleep else self.looking * requests + (self.propose(proposed) if proposed else 0.0)
-        (self.clocks.drafted if drafted else self.clocks.alone).add(requests + drafted, running)
+        self.clocks.add_step(requests, drafted, running)
         if proposed:
-            self.clocks.proposing.add(proposed, proposing)
+            self.clocks.add_proposal(proposed, proposing)
         if not asleep:
             self.controller.stepped(requests, drafted, brought, running + proposing, proposing)
             self.rest = self.controller.rest(requests)
@@ -132,6 +132,19 @@ def test_times_are_means_with_straight_lines_between() -> None:
         times.add(4, 2.0)
     times.add(4, 400.0)  # the machine paused
     assert times.at(4) < 2.2
+
+
+def test_when_a_machine_becomes_slower_everything_does() -> None:
+    clocks = Clocks()
+    for scale in (1.0, 3.0):
+        for _ in range(60):
+            clocks.add_step(8, 0, 2.0 * scale)
+        if scale == 1:
+            clocks.add_step(8, 8, 3.0)
+            clocks.add_proposal(8, 1.0)
+    assert clocks.alone(8) == pytest.approx(6, rel=0.02)
+    assert clocks.drafted(8, 8) == pytest.approx(9, rel=0.02)
+    assert clocks.proposing(8) == pytest.approx(3, rel=0.02)
 
 
 def test_times_of_nearly_as_many_tokens_share_a_mean() -> None:

@@ -14,11 +14,11 @@ nobody would notice that times have changed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from llmopt_cli.runtime.speculative.times import Times, bucket
+from llmopt_cli.runtime.speculative.times import Clocks
 
-MEMORY, MEMORY_OF_ALL = 0.85, 0.98  # of a mean that is kept when something new is measured: a request's, everybody's
+MEMORY, MEMORY_OF_ALL = 0.93, 0.98  # of a mean that is kept when something new is measured: a request's, everybody's
 FOUND, AGAIN = 0.97, 0.5  # of whether there is anything to propose: at times, or again and again from now on
 PRIOR = 0.7  # the chance that a first draft stands
 LOWEST, HIGHEST = 0.02, 0.98  # chances are kept between
@@ -35,15 +35,6 @@ LESSONS = 8  # steps at first in which one request is drafted for, unless that t
 TRUTH = 0.95  # of the means that are kept of what drafts promise and bring
 LASTS = 4  # steps for which drafts are as long
 NAP = 64  # steps at most in which nothing is asked
-
-
-@dataclass(slots=True)
-class Clocks:
-    """What was measured: steps `alone`, by requests; those with drafts by all tokens in them; proposing by tokens."""
-
-    alone: Times = field(default_factory=Times)
-    drafted: Times = field(default_factory=Times)
-    proposing: Times = field(default_factory=Times)
 
 
 @dataclass(slots=True)
@@ -85,7 +76,7 @@ class Controller:
     def lengths(self, requests: Sequence[str], now: float) -> list[int]:
         """How many tokens to draft for each, at a time in seconds; all zero where that is best."""
         self.comparing, self._clock = False, now
-        known = bucket(len(requests)) in self._clocks.alone.seen
+        known = self._clocks.knows(len(requests))
         if not requests or not known:
             return [0] * len(requests)  # what it takes without drafts comes first
         if self._lessons:
@@ -108,7 +99,7 @@ class Controller:
         if self._gain < enough:
             self._gain, lengths = 1.0, [0] * len(requests)
         self._held = dict(zip(requests, lengths, strict=True))
-        self._left, self._news = LASTS - 1 if any(lengths) and self._clocks.drafted.seen else 0, False
+        self._left, self._news = LASTS - 1 if any(lengths) and self._clocks.drafted(1, 1) else 0, False
         if max(lengths) == self._cap:
             self._cap = min(2 * self._cap, self.most)
 
@@ -121,17 +112,17 @@ class Controller:
             if self._hopeless == HOPELESS:
                 return best
         self.comparing = True
-        count, seen = len(requests), self._clocks.proposing
-        most = int(self._clocks.alone.at(count) / seen.at(COMPARED)) if seen.seen else 1
+        count, each = len(requests), self._clocks.proposing(COMPARED)
+        most = int(self._clocks.alone(count) / each) if each else 1
         most = max(1, min(most, AT_ONCE, count))
         chosen = {(self._turn + index) % count for index in range(most)}
-        self._turn += most if seen.seen else 0
+        self._turn += most if each else 0
         return [min(COMPARED, self.most) if index in chosen else 0 for index in range(count)]
 
     def _best(self, requests: Sequence[str]) -> tuple[float, list[int]]:
         """The drafts that promise most, and how much faster than none they are."""
         count, lengths = len(requests), [0] * len(requests)
-        if not self._clocks.proposing.seen:
+        if not self._clocks.proposing(1):
             return 0.0, lengths  # what it takes to propose comes first, too
         places = self._places(requests)
         best, taken, brought, drafted, end = 0.0, 0, 0.0, 0.0, 0
@@ -161,11 +152,9 @@ class Controller:
 
     def _rate(self, brought: float, requests: int, drafted: int) -> float:
         """Tokens a second if a step of so many requests and drafted tokens brings so many."""
-        clocks, seconds = self._clocks, self._clocks.alone.at(requests)
+        clocks, seconds = self._clocks, self._clocks.alone(requests)
         if drafted:
-            # As long as none with drafts was seen, they cost nothing: else none would ever be seen.
-            step = clocks.drafted.at(requests + drafted, (requests, seconds)) if clocks.drafted.seen else 0.0
-            seconds = max(seconds, step) + clocks.proposing.at(drafted)
+            seconds = max(seconds, clocks.drafted(requests, drafted)) + clocks.proposing(drafted)
         return brought / seconds
 
     def stepped(self, requests: int, drafted: int, brought: int, seconds: float, proposing: float) -> None:
@@ -174,10 +163,10 @@ class Controller:
         It took so many `seconds`, of that `proposing`.
         """
         self._lately += (1 - LATELY) * (bool(drafted) - self._lately)
-        now, alone, drafting = self._clock + seconds, self._clocks.alone.at(requests), any(self._held.values())
+        now, alone, drafting = self._clock + seconds, self._clocks.alone(requests), any(self._held.values())
         if drafting or drafted:
             lost = (self._gain - 1) * alone if drafting else seconds - alone
-            if lost > alone and self._clocks.proposing.seen:
+            if lost > alone and self._clocks.proposing(1):
                 self._lessons = 0
             if not (drafting and self._trying):
                 self._expect(brought)
@@ -187,12 +176,12 @@ class Controller:
             self._try_at = max(self._try_at, now) + max(proposing, LEAST * alone) / self._share()
         self._news = self._news or bool(drafted)
         self._trying = False
-        if not self._clocks.proposing.seen:
+        if not self._clocks.proposing(1):
             self._try_at = 0.0  # the first time there was more to do: once more
 
     def rest(self, requests: int) -> int:
         """For how many steps of as many requests nothing is to be drafted, nor anything to be asked."""
-        alone = self._clocks.alone.at(requests)
+        alone = self._clocks.alone(requests)
         if any(self._held.values()) or self._news or self._lessons or not alone:
             return 0
         return min(NAP, max(0, int((self._try_at - self._clock) / alone)))

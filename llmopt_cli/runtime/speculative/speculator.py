@@ -16,9 +16,9 @@ from llmopt_cli.runtime.journal import Journal
 from llmopt_cli.runtime.live import Live
 from llmopt_cli.runtime.request import Request, RequestOutput
 from llmopt_cli.runtime.scheduler import Chunk
-from llmopt_cli.runtime.speculative.controller import Clocks, Controller
+from llmopt_cli.runtime.speculative.controller import Controller
 from llmopt_cli.runtime.speculative.proposer import Proposer, Watching
-from llmopt_cli.runtime.speculative.times import bucket
+from llmopt_cli.runtime.speculative.times import Clocks
 from llmopt_cli.runtime.stats import Tally
 
 FEWER = 0.8  # of the requests are left: then what was decided is asked again
@@ -156,7 +156,7 @@ class Speculator:
         if len(decoded) == len(chunks) and sum([one.length for one in chunks]) == len(chunks) + drafted:
             self._time(len(chunks), drafted, sum([one.num_new_tokens for one in decoded]))
         elif self._asked and self._controller:
-            whole = self._clocks.alone.at(len(decoded)) + self._proposing
+            whole = self._clocks.alone(len(decoded)) + self._proposing
             more = [one.num_new_tokens - 1 for one in decoded]
             self._controller.stepped(len(decoded), drafted, sum(more), whole, self._proposing)
         self._ready = set(self._asked)
@@ -173,16 +173,13 @@ class Speculator:
     def _time(self, requests: int, drafted: int, emitted: int) -> None:
         """A step of decoding alone has ended."""
         whole, clocks = time.perf_counter() - self._began, self._clocks
-        if drafted:
-            clocks.drafted.add(requests + drafted, whole - self._proposing)
-        else:
-            clocks.alone.add(requests, whole - self._proposing)
+        clocks.add_step(requests, drafted, whole - self._proposing)
         if self._asked and self._ready.issuperset(self._asked):  # else there was more to catch up with
-            clocks.proposing.add(max(1, drafted), self._proposing)
-        if bucket(requests) in clocks.alone.seen:
-            rested = self._rested * clocks.alone.at(requests)
+            clocks.add_proposal(max(1, drafted), self._proposing)
+        if clocks.knows(requests):
+            rested = self._rested * clocks.alone(requests)
             self.tally.seconds += whole + rested
-            self.tally.alone += emitted / requests * clocks.alone.at(requests) + rested
+            self.tally.alone += emitted / requests * clocks.alone(requests) + rested
         self._rested = 0
         if self._controller:
             self._controller.stepped(requests, drafted, emitted - requests, whole, self._proposing)

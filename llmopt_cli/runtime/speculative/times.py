@@ -60,3 +60,47 @@ def bucket(tokens: int) -> int:
 
 def _between(low: tuple[int, float], high: tuple[int, float], tokens: int) -> float:
     return low[1] + (high[1] - low[1]) * (tokens - low[0]) / (high[0] - low[0])
+
+
+@dataclass(slots=True)
+class Clocks:
+    """What was measured: steps alone, by requests; those with drafts, by all tokens in them; proposing, by tokens.
+
+    The last two are kept in proportion to the first: when a machine becomes slower, everything does.
+    """
+
+    _alone: Times = field(default_factory=Times)
+    _drafted: Times = field(default_factory=Times)
+    _proposing: Times = field(default_factory=Times)
+    _pace: float = 1.0
+
+    def add_step(self, requests: int, drafted: int, seconds: float) -> None:
+        """A step of so many requests, with so many tokens drafted for all of them."""
+        if drafted:
+            self._drafted.add(requests + drafted, seconds / self._pace)
+            return
+        before = self._alone.seen.get(bucket(requests))
+        self._alone.add(requests, seconds)
+        if before:
+            self._pace *= self._alone.at(requests) / before
+
+    def add_proposal(self, tokens: int, seconds: float) -> None:
+        """So many tokens were proposed."""
+        self._proposing.add(tokens, seconds / self._pace)
+
+    def knows(self, requests: int) -> bool:
+        """Whether a step of about so many requests without drafts was seen."""
+        return bucket(requests) in self._alone.seen
+
+    def alone(self, requests: int) -> float:
+        """Seconds of a step without drafts."""
+        return self._alone.at(requests)
+
+    def drafted(self, requests: int, drafted: int) -> float:
+        """Seconds of a step with drafts; 0 as long as none was seen: else none ever would be."""
+        start = (requests, self.alone(requests) / self._pace)
+        return self._drafted.at(requests + drafted, start) * self._pace if self._drafted.seen else 0.0
+
+    def proposing(self, tokens: int) -> float:
+        """Seconds of proposing; 0 as long as nothing was seen."""
+        return self._proposing.at(tokens) * self._pace

@@ -17,17 +17,16 @@ def choose(target: Tensor, drafted: int, chances: Tensor | None, stream: Random)
 
     `chances` float32 [V] is the distribution from which it was drawn, None if it was certain. It stands with
     probability min(1, p / q); else another token is drawn from what is left of p above q.
+
+    What was certain stands if it is what is drawn: with the same chance, and a seed means the same with and without it.
     """
-    target = target / target.sum()
-    drawn = 1.0 if chances is None else float(chances[drafted])
-    # Python's uniforms have 53 bits: one in 2^24 of float32's is 0, which would let any draft pass.
-    if stream.random() * drawn < float(target[drafted]):
-        return drafted
-    left = target.clone()
     if chances is None:
-        left[drafted] = 0
-    else:
-        left.sub_(chances.to(left)).clamp_(min=0)
+        return draw(target, stream)
+    target = target / target.sum()
+    # Python's uniforms have 53 bits: one in 2^24 of float32's is 0, which would let any draft pass.
+    if stream.random() * float(chances[drafted]) < float(target[drafted]):
+        return drafted
+    left = target.sub(chances.to(target)).clamp_(min=0)
     if not float(left.sum()) > 0:  # rounding: p and q are the same
         left = target
     return draw(left, stream)
