@@ -45,10 +45,10 @@ class World:
                     self.controller.verified(name, length, stood)
                 brought += 0 if comparing else stood
             self.tokens += requests + brought
-            self.spend(requests, sum(lengths), comparing, brought, asleep)
+            self.spend(requests, sum(lengths), comparing, asleep)
         return self.tokens / self.seconds * self.step(requests) / requests
 
-    def spend(self, requests: int, proposed: int, comparing: bool, brought: int, asleep: bool) -> None:
+    def spend(self, requests: int, proposed: int, comparing: bool, asleep: bool) -> None:
         """The time of a step, and what there is to learn from it."""
         drafted = 0 if comparing else proposed
         running = self.step(requests + drafted) * (1 + self.noise * self.random.uniform(-1, 1))
@@ -57,7 +57,7 @@ class World:
         if proposed:
             self.clocks.add_proposal(proposed, proposing)
         if not asleep:
-            self.controller.stepped(requests, drafted, brought, running + proposing, proposing)
+            self.controller.stepped(requests, drafted, running + proposing, proposing)
             self.rest = self.controller.rest(requests)
         self.seconds += running + proposing
         self.now += running + proposing
@@ -122,8 +122,9 @@ def test_times_are_means_with_straight_lines_between() -> None:
     assert times.at(5) == 0
     times.add(4, 2.0)
     assert times.at(4) == 2
-    assert times.at(8) == 4  # nothing else is known
+    assert times.at(8) == 2  # nothing else is known
     assert times.at(8, start=(2, 1.5)) == pytest.approx(3)
+    assert times.at(8, start=(6, 2.5)) == 2.5
     times.add(8, 4.0)
     assert times.at(6) == pytest.approx(3)
     assert times.at(16) == pytest.approx(8)

@@ -30,9 +30,10 @@ COMPARED = 4  # tokens of drafts that are only compared, of so many requests at 
 AT_ONCE = 8
 EARNEST = 8  # of so many tries one is in earnest,
 HOPELESS, DESPAIR = 0.7, 0.8  # unless it promises less than so much, or that times a factor for each time it did
-BEGIN, STAY = 1.08, 1.02  # what drafting must promise, where none is drafted and where some is: figures are noisy
+BEGIN, STAY = 1.12, 1.04  # what drafting must promise, where none is drafted and where some is: figures are noisy
 LESSONS = 8  # steps at first in which one request is drafted for, unless that takes longer than another step
-TRUTH = 0.95  # of the means that are kept of what drafts promise and bring
+TRUTH = 0.98  # of the means that are kept of what drafts promise and bring
+PAUSE = 3  # steps without drafts where some win: the first one is slower, whatever comes after something else is
 LASTS = 4  # steps for which drafts are as long
 NAP = 64  # steps at most in which nothing is asked
 
@@ -68,10 +69,10 @@ class Controller:
         self._lately = 0.0  # the share of steps with drafts
         self._hopeless = HOPELESS
         self._trying = False
+        self._pause = 0  # steps of trying without that are left
         self._news = True  # since the last decision
         self._gain = 1.0  # that the drafts that are held promised
-        self._promise = 0.0  # tokens that a step with them was to bring
-        self._promised = self._came = self._truth = 1.0  # means of that and of what came, and their ratio
+        self._promised = self._came = self._truth = 1.0  # means of what drafts were to bring and brought, their ratio
 
     def lengths(self, requests: Sequence[str], now: float) -> list[int]:
         """How many tokens to draft for each, at a time in seconds; all zero where that is best."""
@@ -80,16 +81,20 @@ class Controller:
         if not requests or not known:
             return [0] * len(requests)  # what it takes without drafts comes first
         if self._lessons:
-            self._lessons, self._promise, self._trying = self._lessons - 1, 0.0, True
+            self._lessons, self._trying = self._lessons - 1, True
             return [min(COMPARED, self.most), *[0] * (len(requests) - 1)]
         self._left -= 1
         if (self._news and self._left < 0) or any([name not in self._held for name in requests]):  # noqa: C419  faster
             self._decide(requests)
         found = [self._held[name] for name in requests]
         drafting = any(found)
-        if self._clock >= self._try_at:
+        if drafting and (self._pause or now >= self._try_at):
+            self._pause = (self._pause or PAUSE) - 1
+            self._news, self._trying = self._pause == 0, True
+            return [0] * len(found)
+        if not drafting and now >= self._try_at:
             self._left, self._trying = 0, True
-            return [0] * len(found) if drafting else self._try(requests)
+            return self._try(requests)
         return found
 
     def _decide(self, requests: Sequence[str]) -> None:
@@ -130,12 +135,12 @@ class Controller:
             while end < len(places) and places[end][0] >= floor:
                 standing, found, _ = places[end]
                 brought, drafted, end = brought + standing * found, drafted + found, end + 1
-            rate = self._rate(count + self._truth * brought, count, max(1, round(drafted)))
+            rate = self._rate(count + self._truth * brought, count, max(1, round(drafted)), end)
             if end and rate > best:
-                best, taken, self._promise = rate, end, brought
+                best, taken = rate, end
         for _, _, index in places[:taken]:
             lengths[index] += 1
-        return best / self._rate(count, count, 0), lengths
+        return best / self._rate(count, count, 0, 0), lengths
 
     def _places(self, requests: Sequence[str]) -> list[tuple[float, float, int]]:
         """All that may be drafted, the likeliest first: the chances that it stands and is found, and for whom."""
@@ -150,26 +155,21 @@ class Controller:
         places.sort(reverse=True)
         return places
 
-    def _rate(self, brought: float, requests: int, drafted: int) -> float:
-        """Tokens a second if a step of so many requests and drafted tokens brings so many."""
+    def _rate(self, brought: float, requests: int, drafted: int, asked: int) -> float:
+        """Tokens a second if a step of so many requests brings so many, with as many drafted of those asked for."""
         clocks, seconds = self._clocks, self._clocks.alone(requests)
         if drafted:
-            seconds = max(seconds, clocks.drafted(requests, drafted)) + clocks.proposing(drafted)
+            seconds = max(seconds, clocks.drafted(requests, drafted)) + clocks.proposing(asked)
         return brought / seconds
 
-    def stepped(self, requests: int, drafted: int, brought: int, seconds: float, proposing: float) -> None:
-        """A step of so many requests, with `drafted` tokens beside theirs, `brought` that many more than one each.
-
-        It took so many `seconds`, of that `proposing`.
-        """
+    def stepped(self, requests: int, drafted: int, seconds: float, proposing: float) -> None:
+        """A step of so many requests, with `drafted` tokens beside theirs, took so long, of that `proposing`."""
         self._lately += (1 - LATELY) * (bool(drafted) - self._lately)
         now, alone, drafting = self._clock + seconds, self._clocks.alone(requests), any(self._held.values())
         if drafting or drafted:
-            lost = (self._gain - 1) * alone if drafting else seconds - alone
+            lost = PAUSE * (self._gain - 1) * alone if drafting else seconds - alone
             if lost > alone and self._clocks.proposing(1):
                 self._lessons = 0
-            if not (drafting and self._trying):
-                self._expect(brought)
             if self._trying or not drafted:
                 self._try_at = max(self._try_at, now + max(lost, LEAST * alone) / self._share())
         elif proposing:
@@ -190,14 +190,6 @@ class Controller:
         """Of the time that may be lost on trying."""
         return TRYING + MORE * self._lately
 
-    def _expect(self, brought: int) -> None:
-        """Learn how much of what drafts promise comes true: those that promise most are those that err most."""
-        if not self._promise:
-            return
-        self._promised = TRUTH * self._promised + (1 - TRUTH) * self._promise
-        self._came = TRUTH * self._came + (1 - TRUTH) * brought
-        self._truth = min(max(self._came / self._promised, 0.3), 1.2)
-
     def proposed(self, name: str, asked: int, drafted: int) -> None:
         """For a request there were so many tokens of those asked for."""
         own, share = self._own(name), drafted / asked
@@ -207,8 +199,13 @@ class Controller:
 
     def verified(self, name: str, drafted: int, stood: int) -> None:
         """Of a request's draft so many tokens stood; those behind the first that did not say nothing."""
+        own = self._own(name)
+        # Those that promise most are those that err most: learn how much of it comes true.
+        self._promised = TRUTH * self._promised + (1 - TRUTH) * sum([own.stands ** (k + 1) for k in range(drafted)])
+        self._came = TRUTH * self._came + (1 - TRUTH) * stood
+        self._truth = min(max(self._came / self._promised, 0.3), 1.0)
         for index in range(min(stood + 1, drafted)):
-            for one, memory in ((self._own(name), MEMORY), (self._usual, MEMORY_OF_ALL)):
+            for one, memory in ((own, MEMORY), (self._usual, MEMORY_OF_ALL)):
                 one.stands = _kept(memory * one.stands + (1 - memory) * (index < stood))
         self._news = True
 

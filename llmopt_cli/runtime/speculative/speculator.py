@@ -46,7 +46,7 @@ class Speculator:
         self._began = self._proposing = 0.0
         self._rest = self._rested = 0  # steps in which nothing is drafted and nobody asked: still, and so far
         self._few = 0.0  # requests left for which that is over
-        self._resting = False
+        self._resting = self._drafted = False
 
     def draft(self, running: Sequence[Request], live: Mapping[str, Live], journal: Journal | None = None) -> None:
         """Before a step is planned: give those that decode what is to be verified in it. Beams are not `live`."""
@@ -157,8 +157,7 @@ class Speculator:
             self._time(len(chunks), drafted, sum([one.num_new_tokens for one in decoded]))
         elif self._asked and self._controller:
             whole = self._clocks.alone(len(decoded)) + self._proposing
-            more = [one.num_new_tokens - 1 for one in decoded]
-            self._controller.stepped(len(decoded), drafted, sum(more), whole, self._proposing)
+            self._controller.stepped(len(decoded), drafted, whole, self._proposing)
         self._ready = set(self._asked)
 
     def _judge(self, drafts: Mapping[str, int], decoded: Sequence[RequestOutput]) -> None:
@@ -173,16 +172,18 @@ class Speculator:
     def _time(self, requests: int, drafted: int, emitted: int) -> None:
         """A step of decoding alone has ended."""
         whole, clocks = time.perf_counter() - self._began, self._clocks
-        clocks.add_step(requests, drafted, whole - self._proposing)
+        if bool(drafted) == self._drafted or not (drafted or clocks.knows(requests)):
+            clocks.add_step(requests, drafted, whole - self._proposing)
+        self._drafted = bool(drafted)  # the first step after others of the other kind is slower: what it needs is cold
         if self._asked and self._ready.issuperset(self._asked):  # else there was more to catch up with
-            clocks.add_proposal(max(1, drafted), self._proposing)
+            clocks.add_proposal(sum(self._asked.values()), self._proposing)
         if clocks.knows(requests):
             rested = self._rested * clocks.alone(requests)
             self.tally.seconds += whole + rested
             self.tally.alone += emitted / requests * clocks.alone(requests) + rested
         self._rested = 0
         if self._controller:
-            self._controller.stepped(requests, drafted, emitted - requests, whole, self._proposing)
+            self._controller.stepped(requests, drafted, whole, self._proposing)
             self._rest, self._few = self._controller.rest(requests), FEWER * requests
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ class Times:
     def at(self, tokens: int, start: tuple[int, float] | None = None) -> float:
         """What it takes. Where nothing larger was seen the line from the smallest on goes on; it may `start` elsewhere.
 
-        In proportion to tokens where one size alone is known, nothing where none is.
+        No more than what alone is known, nothing where nothing is: nobody tries what is expected to be dear.
         """
         place, known = bucket(tokens), self._known
         if place in self.seen:
@@ -48,7 +48,7 @@ class Times:
             return _between(below, points[index], tokens)
         first = start or points[0]
         if first[0] >= below[0]:
-            return below[1] * tokens / below[0]
+            return below[1]
         return below[1] + max(0.0, (below[1] - first[1]) / (below[0] - first[0])) * (tokens - below[0])
 
 
