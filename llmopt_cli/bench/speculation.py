@@ -28,7 +28,7 @@ from llmopt_cli.spec.recipe import Batching, Speculation
 from llmopt_cli.spec.result import check_writable
 
 PROMPT, ANSWER = 96, 160  # tokens
-PRECISE, MORE = 0.01, 3  # of a ratio its interval may reach down, or so many times the pairs are run
+PRECISE, MORE = 0.013, 2  # of a ratio its interval may reach down, or so many times the pairs are run
 TURN = 0.01  # seconds of one engine before the other has its turn
 Parts = tuple[Checkpoint, Tokenizer, LoadedModel, LoadedModel]
 REPETITIVE = "".join(
