@@ -158,7 +158,7 @@ class Speculator:
         elif self._asked and self._controller:
             whole = self._clocks.alone(len(decoded)) + self._proposing
             self._controller.stepped(len(decoded), drafted, whole, self._proposing)
-        self._ready = set(self._asked)
+        self._ready = set() if self._rest else set(self._asked)
 
     def _judge(self, drafts: Mapping[str, int], decoded: Sequence[RequestOutput]) -> None:
         """Count the drafts that stood."""
