@@ -28,7 +28,6 @@ from llmopt_cli.spec.recipe import Batching, Speculation
 from llmopt_cli.spec.result import check_writable
 
 PROMPT, ANSWER = 96, 160  # tokens
-PRECISE, MORE = 0.013, 2  # of a ratio its interval may reach down, or so many times the pairs are run
 TURN = 0.01  # seconds of one engine before the other has its turn
 Parts = tuple[Checkpoint, Tokenizer, LoadedModel, LoadedModel]
 REPETITIVE = "".join(
@@ -76,12 +75,6 @@ def ratio(pairs: Sequence[Sequence[float]]) -> dict[str, float]:
     return {"ratio": math.exp(statistics.median(means)), "low": math.exp(means[lowest]), "pairs": count}
 
 
-def _spread(pairs: Sequence[Sequence[float]]) -> float:
-    """The part of the ratio that lies between it and the lower end of its interval."""
-    found = ratio(pairs)
-    return 1 - found["low"] / found["ratio"]
-
-
 def speculation(
     text: Annotated[
         list[str] | None, typer.Option("--text", help="NAME=FILE, a text to go on with. Repeatable.")
@@ -120,10 +113,7 @@ def _compare(parts: Parts, prompts: Iterator[list[int]], asked: Speculation, cou
         for model, one in zip(models, (None, asked), strict=True)
     )
     race((plain, drafting), [next(prompts)])
-    speeds: list[list[float]] = []
-    # More than asked for where they differ much: how many is decided by their spread, not by what they say.
-    while len(speeds) < pairs or (len(speeds) < MORE * pairs and _spread(speeds) > PRECISE):
-        speeds.append(race((plain, drafting), [next(prompts) for _ in range(count)]))
+    speeds = [race((plain, drafting), [next(prompts) for _ in range(count)]) for _ in range(pairs)]
     tally = drafting.stats().speculation
     assert tally is not None
     for engine in (plain, drafting):
