@@ -46,6 +46,29 @@ class _Habit:
     found: float
     again: float = 0.0
 
+    @property
+    def likely(self) -> float:
+        """How much of the next draft there will be."""
+        return max(self.found, self.again)
+
+
+@dataclass(slots=True)
+class _Truth:
+    """How much of what is promised comes true, of late: those that promise most are those that err most."""
+
+    promised: float = 1.0
+    came: float = 1.0
+
+    def learn(self, promised: float, came: float) -> None:
+        """One more promise, and what came of it."""
+        self.promised = TRUTH * self.promised + (1 - TRUTH) * promised
+        self.came = TRUTH * self.came + (1 - TRUTH) * came
+
+    @property
+    def share(self) -> float:
+        """Of the next promise."""
+        return min(max(self.came / self.promised, 0.3), 1.0)
+
 
 class Controller:
     """Decides for all requests that decode together. `most` is the longest draft.
@@ -72,7 +95,7 @@ class Controller:
         self._pause = 0  # steps of trying without that are left
         self._news = True  # since the last decision
         self._gain = 1.0  # that the drafts that are held promised
-        self._promised = self._came = self._truth = 1.0  # means of what drafts were to bring and brought, their ratio
+        self._standing, self._finding = _Truth(), _Truth()
 
     def lengths(self, requests: Sequence[str], now: float) -> list[int]:
         """How many tokens to draft for each, at a time in seconds; all zero where that is best."""
@@ -135,7 +158,7 @@ class Controller:
             while end < len(places) and places[end][0] >= floor:
                 standing, found, _ = places[end]
                 brought, drafted, end = brought + standing * found, drafted + found, end + 1
-            rate = self._rate(count + self._truth * brought, count, max(1, round(drafted)), end)
+            rate = self._rate(count + self._standing.share * brought, count, max(1, round(drafted)), end)
             if end and rate > best:
                 best, taken = rate, end
         for _, _, index in places[:taken]:
@@ -144,14 +167,15 @@ class Controller:
 
     def _places(self, requests: Sequence[str]) -> list[tuple[float, float, int]]:
         """All that may be drafted, the likeliest first: the chances that it stands and is found, and for whom."""
-        places = []
+        places, there = [], self._finding.share
         for index, name in enumerate(requests):
             habit, standing = self._habits.get(name, self._usual), 1.0
+            found = there * habit.likely
             for _ in range(self._cap):
                 standing *= habit.stands
                 if standing < FLOORS[-1]:
                     break
-                places.append((standing, max(habit.found, habit.again), index))
+                places.append((standing, found, index))
         places.sort(reverse=True)
         return places
 
@@ -193,6 +217,8 @@ class Controller:
     def proposed(self, name: str, asked: int, drafted: int) -> None:
         """For a request there were so many tokens of those asked for."""
         own, share = self._own(name), drafted / asked
+        if not self.comparing:
+            self._finding.learn(own.likely, share)
         own.found, own.again = _kept(FOUND * own.found + (1 - FOUND) * share), AGAIN * own.again + (1 - AGAIN) * share
         self._usual.found = _kept(MEMORY_OF_ALL * self._usual.found + (1 - MEMORY_OF_ALL) * share)
         self._news = self._news or drafted > 0 or not self.comparing
@@ -200,10 +226,7 @@ class Controller:
     def verified(self, name: str, drafted: int, stood: int) -> None:
         """Of a request's draft so many tokens stood; those behind the first that did not say nothing."""
         own = self._own(name)
-        # Those that promise most are those that err most: learn how much of it comes true.
-        self._promised = TRUTH * self._promised + (1 - TRUTH) * sum([own.stands ** (k + 1) for k in range(drafted)])
-        self._came = TRUTH * self._came + (1 - TRUTH) * stood
-        self._truth = min(max(self._came / self._promised, 0.3), 1.0)
+        self._standing.learn(sum([own.stands ** (place + 1) for place in range(drafted)]), stood)
         for index in range(min(stood + 1, drafted)):
             for one, memory in ((own, MEMORY), (self._usual, MEMORY_OF_ALL)):
                 one.stands = _kept(memory * one.stands + (1 - memory) * (index < stood))
