@@ -138,7 +138,7 @@ def sees(queries: Tensor, keys: Tensor, window: int | None, chunk: int | None) -
 class PagedBatch:
     """One step's attention metadata, from the spans in the order in which their queries are packed.
 
-    `new_slots` (T,) is where the step's own keys and values go; `groups` holds all short requests as one padded group
+    `new_slots` (T,) is where the step's own keys and values go; `groups` holds the short requests in padded groups
     and every longer chunk of a prompt as a group of its own.
     """
 
@@ -170,13 +170,15 @@ class PagedBatch:
 
     @cached_property
     def groups(self) -> list[Rows]:
-        """The spans as groups of equal query length: all short ones in one, prompt chunks one by one."""
+        """The spans as groups of equal query length: short ones together, prompt chunks one by one."""
         ends = list(accumulate([span[0] for span in self.spans]))
         placed = [(end - span[0], span) for end, span in zip(ends, self.spans, strict=True)]
         short = [one for one in placed if one[1][0] <= SHORT]
-        if len({span[0] for _, span in short}) > 1:  # drafts of several lengths, say
-            short = [token for start, span in short for token in _singly(start, span)]
-        groups = ([short] if short else []) + [[one] for one in placed if one[1][0] > SHORT]
+        lengths = {span[0] for _, span in short}
+        if len(lengths) > 1 and self._device.type == "cpu":  # drafts of several lengths, say: one op takes them all
+            short, lengths = [token for start, span in short for token in _singly(start, span)], {1}
+        groups = [[one for one in short if one[1][0] == length] for length in sorted(lengths)]
+        groups += [[one] for one in placed if one[1][0] > SHORT]
         return [self._group(group) for group in groups]
 
     def _group(self, placed: Sequence[tuple[int, Span]]) -> Rows:

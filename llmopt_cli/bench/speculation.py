@@ -97,11 +97,12 @@ def speculation(
     for how in method or ("ngram", "suffix"):
         name, _, drafts = how.partition("=")
         asked = Speculation(drafts, tokens, method=name, adaptive=adaptive)
+        named = f"{name}={Path(drafts).name}" if drafts else name
         for source, count in itertools.product(sources, batch or (1,)):
             cell = _compare(parts, pieces(sources[source], parts[1]), asked, count, pairs)
-            found.append({"text": source, "method": how, "batch": count} | cell)
-            out.note(f"{source}, {how}, batch {count}: x {cell['ratio']:.3f}, with 95 % above {cell['low']:.3f}")
-    keep("speculation", "demo", {"adaptive": adaptive, "tokens": tokens, "found": found}, results)
+            found.append({"text": source, "method": named, "batch": count} | cell)
+            out.note(f"{source}, {named}, batch {count}: x {cell['ratio']:.3f}, with 95 % above {cell['low']:.3f}")
+    keep("speculation", checkpoint.name, {"adaptive": adaptive, "tokens": tokens, "found": found}, results)
 
 
 def _compare(parts: Parts, prompts: Iterator[list[int]], asked: Speculation, count: int, pairs: int) -> dict[str, Any]:

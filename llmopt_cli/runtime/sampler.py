@@ -17,14 +17,12 @@ COLDEST = 1e-5  # below it, dividing logits would overflow; the likeliest token 
 def sample(logits: Tensor, params: Sequence[SamplingParams], streams: Sequence[Random]) -> list[int]:
     """One token for each row of `logits` (N, V): the likeliest at temperature 0, else drawn with the row's stream."""
     tokens: list[int] = argmax(logits).tolist()
-    for cut in (False, True):
-        # Rows that cut off the unlikely are sorted, others need not be.
-        rows = [i for i, p in enumerate(params) if p.temperature > 0 and p.cuts == cut]
-        if rows:
-            uniforms = [streams[row].random() for row in rows]
-            drawn = _invert(weights_of(logits[rows], [params[row] for row in rows]), uniforms).tolist()
-            for row, token in zip(rows, drawn, strict=True):
-                tokens[row] = token
+    rows = [row for row, one in enumerate(params) if one.temperature > 0]
+    if rows:
+        uniforms = [streams[row].random() for row in rows]
+        drawn = invert(weights_of(logits[rows], [params[row] for row in rows]), uniforms).tolist()
+        for row, token in zip(rows, drawn, strict=True):
+            tokens[row] = token
     return tokens
 
 
@@ -94,7 +92,7 @@ def _column(params: Sequence[SamplingParams], name: str, device: torch.device, d
     return torch.tensor([getattr(one, name) for one in params], device=device, dtype=dtype)[:, None]
 
 
-def _invert(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
+def invert(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
     """The index at which each row's cumulative weight passes u of its total. weights (N, V), u in [0, 1) -> (N,)."""
     cumulative = weights.double().cumsum(-1)
     targets = torch.tensor(uniforms, device=weights.device, dtype=torch.float64)[:, None] * cumulative[:, -1:]

@@ -18,7 +18,7 @@ class Tally:
     stood: list[int] = field(default_factory=list)
     steps: int = 0  # of requests while they decode, with a draft or without
     emitted: int = 0  # tokens that those brought
-    seconds: float = 0.0  # that steps took in which all requests were decoding, drafting included
+    seconds: float = 0.0  # of steps in which all were decoding, drafting included; of many alike where none is drafted
     alone: float = 0.0  # and how long those would have taken that bring as many tokens without drafts, as was measured
     judged: int = 0
 

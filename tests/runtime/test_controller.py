@@ -35,7 +35,7 @@ class World:
         for _ in range(rounds):
             asleep = self.rest > 0
             self.rest, self.asked = max(0, self.rest - 1), self.asked + (not asleep)
-            lengths = [0] * requests if asleep else self.controller.lengths(names, self.now)
+            lengths = [0] * requests if asleep else self.controller.lengths(names, requests, self.now)
             comparing = not asleep and self.controller.comparing
             brought = 0
             for name, length in zip(names, lengths, strict=True):
@@ -138,14 +138,24 @@ def test_times_are_means_with_straight_lines_between() -> None:
 def test_when_a_machine_becomes_slower_everything_does() -> None:
     clocks = Clocks()
     for scale in (1.0, 3.0):
-        for _ in range(60):
-            clocks.add_step(8, 0, 2.0 * scale)
+        for _ in range(80):
+            for requests in (4, 8, 12):
+                clocks.add_step(requests, 0, requests * scale)
         if scale == 1:
-            clocks.add_step(8, 8, 3.0)
+            clocks.add_step(8, 8, 12.0)
             clocks.add_proposal(8, 1.0)
-    assert clocks.alone(8) == pytest.approx(6, rel=0.02)
-    assert clocks.drafted(8, 8) == pytest.approx(9, rel=0.02)
-    assert clocks.proposing(8) == pytest.approx(3, rel=0.02)
+    assert clocks.alone(8) == pytest.approx(24, rel=0.05)
+    assert clocks.drafted(8, 8) == pytest.approx(36, rel=0.25)
+    assert clocks.proposing(8) == pytest.approx(3, rel=0.25)
+
+
+def test_no_draft_is_longer_than_asked_for() -> None:
+    world, asked = World(flat, free, 0.9), []
+    world.controller = Controller(1, world.clocks)
+    for step in range(30):
+        asked += world.controller.lengths(["a"], 1, float(step))
+        world.spend(1, asked[-1] if asked else 0, comparing=False, asleep=False)
+    assert set(asked) == {0, 1}
 
 
 def test_times_of_nearly_as_many_tokens_share_a_mean() -> None:

@@ -94,3 +94,12 @@ def test_what_is_remembered_is_bounded() -> None:
     assert sum(len(one.text) for one in proposer._others.values()) < 150
     [draft] = proposer.propose([request([156, 157], "new")], [4])
     assert draft.tokens[: FEWEST - 1] == (158,)
+
+
+@given(TEXTS.filter(bool), st.integers(1, 5))
+def test_texts_shorter_than_an_n_gram_propose_nothing(text: list[int], shortest: int) -> None:
+    grown, proposer = request(text[:1]), NGram(shortest, 5)
+    for token in text[1:]:
+        [draft] = proposer.propose([grown], [3])
+        assert len(grown.token_ids) > shortest or not draft.tokens
+        grown.token_ids.append(token)

@@ -82,10 +82,11 @@ class Controller:
         self._clocks = clocks
         self._habits: dict[str, _Habit] = {}
         self._usual = _Habit(PRIOR, 1.0)
-        self._cap = 2  # drafts grow while they win
+        self._cap = min(2, most)  # drafts grow while they win
         self._held: dict[str, int] = {}
         self._left = 0  # steps for which what is held still holds
-        self._clock = 0.0
+        self._clock, self._batch = 0.0, 0
+        self._drafting = False  # whether what is held is to draft, for any of those that run
         self._try_at = 0.0  # when what seems worse is tried again
         self._lessons = LESSONS
         self._tries = self._turn = 0
@@ -97,11 +98,13 @@ class Controller:
         self._gain = 1.0  # that the drafts that are held promised
         self._standing, self._finding = _Truth(), _Truth()
 
-    def lengths(self, requests: Sequence[str], now: float) -> list[int]:
-        """How many tokens to draft for each, at a time in seconds; all zero where that is best."""
-        self.comparing, self._clock = False, now
-        known = self._clocks.knows(len(requests))
-        if not requests or not known:
+    def lengths(self, requests: Sequence[str], batch: int, now: float) -> list[int]:
+        """How many tokens to draft for each, at a time in seconds; all zero where that is best.
+
+        `batch` counts all that run, those that can't be drafted for, too.
+        """
+        self.comparing, self._clock, self._batch, self._drafting = False, now, batch, False
+        if not requests or not self._clocks.knows(batch):
             return [0] * len(requests)  # what it takes without drafts comes first
         if self._lessons:
             self._lessons, self._trying = self._lessons - 1, True
@@ -110,22 +113,26 @@ class Controller:
         if (self._news and self._left < 0) or any([name not in self._held for name in requests]):  # noqa: C419  faster
             self._decide(requests)
         found = [self._held[name] for name in requests]
-        drafting = any(found)
-        if drafting and (self._pause or now >= self._try_at):
+        self._drafting = any(found)
+        self._pause = self._pause if self._drafting else 0
+        if self._drafting and (self._pause or now >= self._try_at):
             self._pause = (self._pause or PAUSE) - 1
             self._news, self._trying = self._pause == 0, True
             return [0] * len(found)
-        if not drafting and now >= self._try_at:
+        if not self._drafting and now >= self._try_at:
             self._left, self._trying = 0, True
             return self._try(requests)
         return found
 
     def _decide(self, requests: Sequence[str]) -> None:
         """Hold what is best for some steps."""
-        enough = STAY if any(self._held.values()) else BEGIN
+        drafted = any(self._held.values())
         self._gain, lengths = self._best(requests)
-        if self._gain < enough:
+        if self._gain < (STAY if drafted else BEGIN):
             self._gain, lengths = 1.0, [0] * len(requests)
+        if drafted != any(lengths):  # something else is to be tried from now on
+            lost = max(LEAST, PAUSE * (self._gain - 1)) * self._clocks.alone(self._batch)
+            self._try_at = self._clock + lost / self._share()
         self._held = dict(zip(requests, lengths, strict=True))
         self._left, self._news = LASTS - 1 if any(lengths) and self._clocks.drafted(1, 1) else 0, False
         if max(lengths) == self._cap:
@@ -141,7 +148,7 @@ class Controller:
                 return best
         self.comparing = True
         count, each = len(requests), self._clocks.proposing(COMPARED)
-        most = int(self._clocks.alone(count) / each) if each else 1
+        most = int(self._clocks.alone(self._batch) / each) if each else 1
         most = max(1, min(most, AT_ONCE, count))
         chosen = {(self._turn + index) % count for index in range(most)}
         self._turn += most if each else 0
@@ -149,7 +156,7 @@ class Controller:
 
     def _best(self, requests: Sequence[str]) -> tuple[float, list[int]]:
         """The drafts that promise most, and how much faster than none they are."""
-        count, lengths = len(requests), [0] * len(requests)
+        batch, lengths = self._batch, [0] * len(requests)
         if not self._clocks.proposing(1):
             return 0.0, lengths  # what it takes to propose comes first, too
         places = self._places(requests)
@@ -158,12 +165,12 @@ class Controller:
             while end < len(places) and places[end][0] >= floor:
                 standing, found, _ = places[end]
                 brought, drafted, end = brought + standing * found, drafted + found, end + 1
-            rate = self._rate(count + self._standing.share * brought, count, max(1, round(drafted)), end)
+            rate = self._rate(batch + self._standing.share * brought, batch, max(1, round(drafted)), end)
             if end and rate > best:
                 best, taken = rate, end
         for _, _, index in places[:taken]:
             lengths[index] += 1
-        return best / self._rate(count, count, 0, 0), lengths
+        return best / self._rate(batch, batch, 0, 0), lengths
 
     def _places(self, requests: Sequence[str]) -> list[tuple[float, float, int]]:
         """All that may be drafted, the likeliest first: the chances that it stands and is found, and for whom."""
@@ -189,9 +196,9 @@ class Controller:
     def stepped(self, requests: int, drafted: int, seconds: float, proposing: float) -> None:
         """A step of so many requests, with `drafted` tokens beside theirs, took so long, of that `proposing`."""
         self._lately += (1 - LATELY) * (bool(drafted) - self._lately)
-        now, alone, drafting = self._clock + seconds, self._clocks.alone(requests), any(self._held.values())
-        if drafting or drafted:
-            lost = PAUSE * (self._gain - 1) * alone if drafting else seconds - alone
+        now, alone = self._clock + seconds, self._clocks.alone(requests)
+        if self._drafting or drafted:
+            lost = PAUSE * (self._gain - 1) * alone if self._drafting else seconds - alone
             if lost > alone and self._clocks.proposing(1):
                 self._lessons = 0
             if self._trying or not drafted:
@@ -206,7 +213,7 @@ class Controller:
     def rest(self, requests: int) -> int:
         """For how many steps of as many requests nothing is to be drafted, nor anything to be asked."""
         alone = self._clocks.alone(requests)
-        if any(self._held.values()) or self._news or self._lessons or not alone:
+        if self._drafting or self._news or self._lessons or not alone:
             return 0
         return min(NAP, max(0, int((self._try_at - self._clock) / alone)))
 
@@ -225,6 +232,8 @@ class Controller:
 
     def verified(self, name: str, drafted: int, stood: int) -> None:
         """Of a request's draft so many tokens stood; those behind the first that did not say nothing."""
+        if not drafted:
+            return
         own = self._own(name)
         self._standing.learn(sum([own.stands ** (place + 1) for place in range(drafted)]), stood)
         for index in range(min(stood + 1, drafted)):

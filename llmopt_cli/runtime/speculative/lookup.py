@@ -33,7 +33,8 @@ class _Places:
 
     def catch_up(self, tokens: Sequence[int], size: int) -> None:
         """Index what came since, but for the n-gram that ends the text."""
-        first, behind = max(self.indexed, size), len(tokens) - size
+        first = max(self.indexed, size)
+        behind = max(first, len(tokens)) - size
         grams = zip(*(tokens[first - size + offset : behind + offset] for offset in range(size)), strict=True)
         for end, gram in enumerate(grams, first):
             if gram in self.last:
@@ -123,7 +124,9 @@ class Suffix:
         size, place = matched.repeated
         found = [(size, _cycled(matched.own.text, place, min(length, REACH * size)) if size else [])]
         for generation, (state, size) in matched.elsewhere.items():
-            other = self._others[generation]
+            other = self._others.get(generation)
+            if other is None:  # forgotten since
+                continue
             ahead = other.text[other.ends[state] : other.ends[state] + min(length, REACH * size)]
             found.append((size, ahead[: ahead.index(SEPARATOR)] if SEPARATOR in ahead else ahead))
         _, tokens = max((one for one in found if one[0] >= FEWEST and one[1]), default=(0, []), key=lambda one: one[0])

@@ -62,13 +62,19 @@ class Speculator:
         for one in here:
             one.request.drafts = ()
         names = [one.request.request_id for one, _ in open_to]
-        wanted = self._controller.lengths(names, self._began) if self._controller else [self._most] * len(names)
+        wanted = self._lengths(names, len(running))
         if any(wanted):
             self._propose([(one, min(most, each)) for (one, most), each in zip(open_to, wanted, strict=True)])
         for one in here if journal else ():
             if journal and one.request.drafts:
                 journal.draft(one.request)
         self._proposing = time.perf_counter() - self._began
+
+    def _lengths(self, names: Sequence[str], batch: int) -> list[int]:
+        """How many tokens to draft for each of those for whom that can be done."""
+        if self._controller is None:
+            return [self._most] * len(names)
+        return self._controller.lengths(names, batch, self._began)
 
     def _propose(self, wanted: Sequence[tuple[Live, int]]) -> None:
         """Ask for so many tokens of each."""
@@ -83,9 +89,9 @@ class Speculator:
             self._asked[request.request_id], self._known[request.request_id] = length, request
             if self._controller:
                 self._controller.proposed(request.request_id, length, len(tokens))
-            if comparing:
+            if comparing and tokens:
                 self._guessed[request.request_id] = (request.num_tokens, tokens)
-            else:
+            elif not comparing:
                 request.drafts, one.chances = tokens, draft.chances
 
     def _compare(self) -> None:
@@ -104,6 +110,7 @@ class Speculator:
         gone = [name for name, request in self._known.items() if name not in live or live[name].request is not request]
         for name in gone:
             del self._known[name]
+            self._guessed.pop(name, None)
             self._proposer.forget(name)
             if self._controller:
                 self._controller.forget(name)
@@ -141,15 +148,16 @@ class Speculator:
     def learn(self, chunks: Sequence[Chunk], outputs: Sequence[RequestOutput]) -> None:
         """After a step: what became of the drafts, and how long it took, if all that ran were decoding."""
         if self._resting:
-            self.tally.steps += len(outputs)
-            self.tally.emitted += len(outputs)
+            count = sum([one.samples and one.length == 1 for one in chunks])
+            self.tally.steps += count
+            self.tally.emitted += count
             return
         decoded = [one for one in outputs if len(one.token_ids) > one.num_new_tokens]  # a prompt's last token is none
         drafted = 0
         if self._asked or any([one.drafts for one in chunks]):  # noqa: C419  a list is the faster one
             drafts = {one.request_id: one.drafts for one in chunks}
             drafted = sum(drafts.values())
-            self._judge(drafts, decoded)
+            self._count(drafts, decoded)
         else:
             self.tally.steps += len(decoded)
             self.tally.emitted += len(decoded)
@@ -160,7 +168,7 @@ class Speculator:
             self._controller.stepped(len(decoded), drafted, whole, self._proposing)
         self._ready = set() if self._rest else set(self._asked)
 
-    def _judge(self, drafts: Mapping[str, int], decoded: Sequence[RequestOutput]) -> None:
+    def _count(self, drafts: Mapping[str, int], decoded: Sequence[RequestOutput]) -> None:
         """Count the drafts that stood."""
         for output in decoded:
             drafted = drafts.get(output.request_id, 0)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 NEW = 0.1  # weight of something new in a mean, once there is much
 OUTLIER = 1.5  # times the mean: a longer step counts as so long, for machines pause
 SHORTER = 0.5  # weight of a step that is as much shorter: no pause explains that
+SETTLED = 10  # means of so many can tell that the pace has changed,
+FOLLOWS = 0.2  # and it follows by this power of what is off
 PARTS = 8  # of a doubling that are told apart
 
 
@@ -30,6 +32,10 @@ class Times:
             share = max(NEW if OUTLIER * seconds > old else SHORTER, 1 / (count + 1))
             self.seen[place] = (1 - share) * old + share * min(seconds, OUTLIER * old)
         self._counts[place] = count + 1
+
+    def count(self, tokens: int) -> int:
+        """How often something over about so many was seen."""
+        return self._counts.get(bucket(tokens), 0)
 
     def at(self, tokens: int, start: tuple[int, float] | None = None) -> float:
         """What it takes. Where nothing larger was seen the line from the smallest on goes on; it may `start` elsewhere.
@@ -66,7 +72,7 @@ def _between(low: tuple[int, float], high: tuple[int, float], tokens: int) -> fl
 class Clocks:
     """What was measured: steps alone, by requests; those with drafts, by all tokens in them; proposing, by tokens.
 
-    The last two are kept in proportion to the first: when a machine becomes slower, everything does.
+    All are kept relative to one pace, which follows the steps alone: when a machine becomes slower, everything does.
     """
 
     _alone: Times = field(default_factory=Times)
@@ -76,13 +82,10 @@ class Clocks:
 
     def add_step(self, requests: int, drafted: int, seconds: float) -> None:
         """A step of so many requests, with so many tokens drafted for all of them."""
-        if drafted:
-            self._drafted.add(requests + drafted, seconds / self._pace)
-            return
-        before = self._alone.seen.get(bucket(requests))
-        self._alone.add(requests, seconds)
-        if before:
-            self._pace *= self._alone.at(requests) / before
+        if not drafted and self._alone.count(requests) >= SETTLED:
+            off = seconds / self.alone(requests)
+            self._pace *= min(max(off, 1 / OUTLIER), OUTLIER) ** FOLLOWS
+        (self._drafted if drafted else self._alone).add(requests + drafted, seconds / self._pace)
 
     def add_proposal(self, tokens: int, seconds: float) -> None:
         """So many tokens were proposed."""
@@ -90,15 +93,15 @@ class Clocks:
 
     def knows(self, requests: int) -> bool:
         """Whether a step of about so many requests without drafts was seen."""
-        return bucket(requests) in self._alone.seen
+        return self._alone.count(requests) > 0
 
     def alone(self, requests: int) -> float:
         """Seconds of a step without drafts."""
-        return self._alone.at(requests)
+        return self._alone.at(requests) * self._pace
 
     def drafted(self, requests: int, drafted: int) -> float:
         """Seconds of a step with drafts; 0 as long as none was seen: else none ever would be."""
-        start = (requests, self.alone(requests) / self._pace)
+        start = (requests, self._alone.at(requests))
         return self._drafted.at(requests + drafted, start) * self._pace if self._drafted.seen else 0.0
 
     def proposing(self, tokens: int) -> float:

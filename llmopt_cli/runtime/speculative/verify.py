@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from random import Random
 
-import torch
 from torch import Tensor
+
+from llmopt_cli.runtime.sampler import invert
 
 
 def choose(target: Tensor, drafted: int, chances: Tensor | None, stream: Random) -> int:
@@ -34,6 +35,4 @@ def choose(target: Tensor, drafted: int, chances: Tensor | None, stream: Random)
 
 def draw(weights: Tensor, stream: Random) -> int:
     """A token by its weight: `weights` float64 [V] >= 0."""
-    cumulative = weights.cumsum(-1)
-    aim = torch.tensor(stream.random() * float(cumulative[-1]), dtype=cumulative.dtype, device=cumulative.device)
-    return min(int(torch.searchsorted(cumulative, aim, right=True)), len(weights) - 1)
+    return int(invert(weights[None], [stream.random()])[0])
