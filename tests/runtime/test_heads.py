@@ -207,11 +207,11 @@ def test_an_eagle_drafts_as_the_layer_says_whatever_was_rejected(
     requests = requests_of(torch.tensor(tokens)[:, :9])
     proposer.see(step(requests, [0, 0]), states[:, :8].flatten(0, 1))
     for drafts, grown in ((2, 1), (4, 3), (3, 2)):
-        found = proposer.propose(requests, [4, 3])
+        found = proposer.propose(requests, [7, 1])  # the other one has no room for seven
         for index, (request, draft) in enumerate(zip(requests, found, strict=True)):
             seen = states[index, : request.num_computed]
-            assert draft.tokens == plain.drafts(request.token_ids, seen, 4 - index)
-        assert [draft.tokens for draft in proposer.propose(requests, [4, 3])] == [draft.tokens for draft in found]
+            assert draft.tokens == plain.drafts(request.token_ids, seen, [7, 1][index])
+        assert [draft.tokens for draft in proposer.propose(requests, [7, 1])] == [draft.tokens for draft in found]
         starts = [one.num_computed for one in requests]
         for one, own in zip(requests, tokens, strict=True):
             one.token_ids += own[one.num_tokens : one.num_tokens + grown]

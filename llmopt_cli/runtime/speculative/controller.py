@@ -33,6 +33,7 @@ HOPELESS, DESPAIR = 0.7, 0.8  # unless it promises less than so much, or that ti
 BEGIN, STAY = 1.15, 1.05  # what drafting must promise, where none is drafted and where some is: figures are noisy
 LESSONS = 8  # steps at first in which one request is drafted for, unless that takes longer than another step
 TRUTH = 0.98  # of the means that are kept of what drafts promise and bring
+LONGEST = 3.0  # times what was expected that a step with drafts may take: more says nothing of the next
 PAUSE = 3  # steps without drafts where some win: the first one is slower, whatever comes after something else is
 LASTS = 4  # steps for which drafts are as long
 NAP = 64  # steps at most in which nothing is asked
@@ -64,10 +65,9 @@ class _Truth:
         self.promised = TRUTH * self.promised + (1 - TRUTH) * promised
         self.came = TRUTH * self.came + (1 - TRUTH) * came
 
-    @property
-    def share(self) -> float:
+    def share(self, least: float = 0.3, most: float = 1.0) -> float:
         """Of the next promise."""
-        return min(max(self.came / self.promised, 0.3), 1.0)
+        return min(max(self.came / self.promised, least), most)
 
 
 class Controller:
@@ -96,7 +96,8 @@ class Controller:
         self._pause = 0  # steps of trying without that are left
         self._news = True  # since the last decision
         self._gain = 1.0  # that the drafts that are held promised
-        self._standing, self._finding = _Truth(), _Truth()
+        self._standing, self._finding, self._lasting = _Truth(), _Truth(), _Truth()
+        self._forecast = 0.0  # seconds of a step with the drafts that are held
 
     def lengths(self, requests: Sequence[str], batch: int, now: float) -> list[int]:
         """How many tokens to draft for each, at a time in seconds; all zero where that is best.
@@ -165,16 +166,17 @@ class Controller:
             while end < len(places) and places[end][0] >= floor:
                 standing, found, _ = places[end]
                 brought, drafted, end = brought + standing * found, drafted + found, end + 1
-            rate = self._rate(batch + self._standing.share * brought, batch, max(1, round(drafted)), end)
+            seconds = self._seconds(batch, max(1, round(drafted)), end)
+            rate = (batch + self._standing.share() * brought) / (self._lasting.share(1.0, LONGEST) * seconds)
             if end and rate > best:
-                best, taken = rate, end
+                best, taken, self._forecast = rate, end, seconds
         for _, _, index in places[:taken]:
             lengths[index] += 1
-        return best / self._rate(batch, batch, 0, 0), lengths
+        return best * self._clocks.alone(batch) / batch, lengths
 
     def _places(self, requests: Sequence[str]) -> list[tuple[float, float, int]]:
         """All that may be drafted, the likeliest first: the chances that it stands and is found, and for whom."""
-        places, there = [], self._finding.share
+        places, there = [], self._finding.share()
         for index, name in enumerate(requests):
             habit, standing = self._habits.get(name, self._usual), 1.0
             found = there * habit.likely
@@ -186,12 +188,10 @@ class Controller:
         places.sort(reverse=True)
         return places
 
-    def _rate(self, brought: float, requests: int, drafted: int, asked: int) -> float:
-        """Tokens a second if a step of so many requests brings so many, with as many drafted of those asked for."""
-        clocks, seconds = self._clocks, self._clocks.alone(requests)
-        if drafted:
-            seconds = max(seconds, clocks.drafted(requests, drafted)) + clocks.proposing(asked)
-        return brought / seconds
+    def _seconds(self, batch: int, drafted: int, asked: int) -> float:
+        """A step of so many requests takes, with as many tokens drafted of those asked for."""
+        step = max(self._clocks.alone(batch), self._clocks.drafted(batch, drafted))
+        return step + self._clocks.proposing(asked)
 
     def stepped(self, requests: int, drafted: int, seconds: float, proposing: float) -> None:
         """A step of so many requests, with `drafted` tokens beside theirs, took so long, of that `proposing`."""
@@ -199,6 +199,9 @@ class Controller:
         now, alone = self._clock + seconds, self._clocks.alone(requests)
         if self._drafting or drafted:
             lost = PAUSE * (self._gain - 1) * alone if self._drafting else seconds - alone
+            if self._forecast and not self._lessons and self._drafting != self._trying:  # held, or tried in earnest
+                # Where some numbers of tokens are very dear, steps take longer than with the mean number.
+                self._lasting.learn(1.0, min(seconds / self._forecast, LONGEST))
             if lost > alone and self._clocks.proposing(1):
                 self._lessons = 0
             if self._trying or not drafted:

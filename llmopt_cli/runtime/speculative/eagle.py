@@ -185,18 +185,21 @@ class Eagle:
         names, hidden = self._catch_up(wanted)
         if not names:
             return [Draft()] * len(requests)
-        guesses = [self._layer.likeliest(hidden)]
-        last = [wanted[name][0].num_computed for name in names]
+        tokens = self._layer.likeliest(hidden)
+        drafts = {name: [token] for name, token in zip(names, tokens.tolist(), strict=True)}
         for step in range(1, max(wanted[name][1] for name in names)):
+            going = [place for place, name in enumerate(names) if wanted[name][1] > step]
+            if len(going) < len(names):  # others have room for no more
+                rows = indices(going, self._device)
+                names, tokens, hidden = [names[place] for place in going], tokens[rows], hidden[rows]
             spans = [Span(1, one.count + step, one.blocks) for one in map(self._followers.__getitem__, names)]
             batch = PagedBatch(spans, self._block_size, self._device)
-            positions = indices([place + step - 1 for place in last], self._device)
-            hidden = self._layer(guesses[-1], hidden, positions, batch)
-            guesses.append(self._layer.likeliest(hidden))
-        drafts = dict(zip(names, torch.stack(guesses, dim=1).tolist(), strict=True))
-        return [
-            Draft(tuple(drafts.get(one.request_id, ())[:length])) for one, length in zip(requests, lengths, strict=True)
-        ]
+            positions = indices([wanted[name][0].num_computed + step - 1 for name in names], self._device)
+            hidden = self._layer(tokens, hidden, positions, batch)
+            tokens = self._layer.likeliest(hidden)
+            for name, token in zip(names, tokens.tolist(), strict=True):
+                drafts[name].append(token)
+        return [Draft(tuple(drafts.get(one.request_id, ()))) for one in requests]
 
     def _catch_up(self, wanted: Mapping[str, tuple[Request, int]]) -> tuple[list[str], Tensor]:
         """Run what is known of each. Who is caught up with now, and the guessed states (B, H) of their last tokens."""
