@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from itertools import islice, product
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, Self
-from unittest.mock import patch
+from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 from llmopt_cli.bench.record import RESULTS, ResultsOpt, keep
 from llmopt_cli.bench.speculation import ANSWER, PROMPT, REPETITIVE, pieces, read_text
@@ -29,9 +29,10 @@ from llmopt_cli.model.load import LoadedModel, load_model
 from llmopt_cli.output import Output, Report, error_boundary
 from llmopt_cli.runtime import Engine, SamplingParams
 from llmopt_cli.runtime.request import Request
-from llmopt_cli.runtime.speculative.build import make_proposer
+from llmopt_cli.runtime.scheduler import Chunk
+from llmopt_cli.runtime.speculative.build import make_proposer, open_drafter
 from llmopt_cli.runtime.speculative.heads import MAP, Heads
-from llmopt_cli.runtime.speculative.proposer import Draft
+from llmopt_cli.runtime.speculative.proposer import Draft, Watching
 from llmopt_cli.runtime.speculative.train import Pupil, hidden_states, ranks, walked
 from llmopt_cli.runtime.speculative.train_job import Lesson, pupil_for, written
 from llmopt_cli.runtime.tokenizer import Tokenizer
@@ -71,17 +72,29 @@ class Foretold:
     """
 
     shapes: Mapping[str, Tree]
+    heads: Watching
     draw: Random = field(default_factory=lambda: Random(0))
     left: list[str] = field(default_factory=list)  # to come before all come again
     answer: list[int] = field(default_factory=list)
     stood: Mapping[str, list[int]] = field(default_factory=dict)
     step: tuple[str, float] | None = None  # its shape and seconds of proposing, if it is as all of its shape
 
-    def open(self, *given: Any) -> Self:
-        """Put itself in the place of what the engine would have made of `given`."""
-        heads: Any = make_proposer(*given)
-        self.heads, self.see, self.forget, self.close = heads, heads.see, heads.forget, heads.close
-        return self
+    @property
+    def unseen(self) -> int:
+        """As its heads."""
+        return self.heads.unseen
+
+    def see(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
+        """Its heads do."""
+        self.heads.see(chunks, hidden)
+
+    def forget(self, request_id: str) -> None:
+        """Its heads do."""
+        self.heads.forget(request_id)
+
+    def close(self) -> None:
+        """Its heads do."""
+        self.heads.close()
 
     def propose(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
         """For one request."""
@@ -119,17 +132,22 @@ class Bench:
             cut = (row[:depth] for window in table for row in window)
             shapes[f"tree of {size}, {depth} deep"] = best_tree(cut, size)
         stood = {name: [[held(row, tree) for row in window] for window in table] for name, tree in shapes.items()}
-        self._run(Foretold(shapes), ids.tolist(), stood)
+        self._run(shapes, ids.tolist(), stood)
         return {name: (tree, walked(torch.tensor(stood[name]))) for name, tree in shapes.items()}
 
-    def _run(self, foretold: Foretold, answers: list[list[int]], stood: Mapping[str, list[list[int]]]) -> None:
-        asked = Speculation(str(self.heads.checkpoint.path), max(SIZES), method=self.heads.kind, adaptive=False)
+    def _run(self, shapes: Mapping[str, Tree], answers: list[list[int]], stood: Mapping[str, list[list[int]]]) -> None:
+        asked = Speculation(str(self.heads.checkpoint.path), max(SIZES), method=self.heads.kind)
         limits = Batching(max_num_seqs=1, enable_prefix_caching=False, max_model_len=PROMPT + ANSWER)
-        with patch("llmopt_cli.runtime.engine.make_proposer", foretold.open):
-            engine = Engine(self.checkpoint, self.loaded, Tokenizer(self.checkpoint), limits, speculation=asked)
-        for index, foretold.answer in enumerate(answers):
+        engine = Engine(self.checkpoint, self.loaded, Tokenizer(self.checkpoint), limits)
+        drafter = open_drafter(asked, self.checkpoint, self.loaded, limits)
+        heads = make_proposer(asked, drafter, self.loaded, engine.cache_size, limits)
+        assert isinstance(heads, Watching), "heads draft from hidden states"
+        foretold = Foretold(shapes, heads)
+        engine.draft_with(foretold, max(SIZES), adapt=False)
+        for index, answer in enumerate(answers):
+            foretold.answer = answer
             foretold.stood = {name: rows[index] for name, rows in stood.items()}
-            engine.add_request(foretold.answer[:PROMPT], SamplingParams(max_tokens=ANSWER, ignore_eos=True))
+            engine.add_request(answer[:PROMPT], SamplingParams(max_tokens=ANSWER, ignore_eos=True))
             while engine.has_work():
                 foretold.step, begun = None, time.perf_counter()
                 engine.step()

@@ -33,6 +33,7 @@ from llmopt_cli.runtime.request import Request, RequestOutput, SamplingParams
 from llmopt_cli.runtime.runner import ModelRunner
 from llmopt_cli.runtime.scheduler import SchedulerState, schedule
 from llmopt_cli.runtime.speculative.build import make_proposer, open_drafter, refuse_unfit
+from llmopt_cli.runtime.speculative.proposer import Proposer
 from llmopt_cli.runtime.speculative.speculator import Speculator
 from llmopt_cli.runtime.stats import EngineStats
 from llmopt_cli.runtime.tokenizer import Tokenizer
@@ -57,8 +58,7 @@ class Engine:
         self.checkpoint, self.tokenizer = checkpoint, tokenizer
         self.dtype, self.device = loaded.dtype, loaded.device
         self.batching = with_length(batching, context_limit(checkpoint))
-        self.max_model_len = self.batching.max_model_len or 0
-        self.kv_dtype = cache_dtype(kv_cache_dtype, loaded.dtype)
+        self.max_model_len, self.kv_dtype = self.batching.max_model_len or 0, cache_dtype(kv_cache_dtype, loaded.dtype)
         self._loras = Loras(loaded.model, adapters)
         self.adapters = self._loras.names
         weights = loaded.weight_bytes + self._loras.nbytes
@@ -77,17 +77,15 @@ class Engine:
         self._speculator: Speculator | None = None
         if speculation is not None:
             proposer = make_proposer(speculation, drafter, loaded, self.cache_size, self.batching)
-            self._speculator = Speculator(proposer, speculation.num_speculative_tokens, speculation.adaptive)
-            self._runner.see = self._speculator.see
+            self.draft_with(proposer, speculation.num_speculative_tokens, speculation.adaptive)
         self._loaded, self._speculation = loaded, speculation
         blocks = BlockPool(self.cache_size.num_blocks)
         self._state = SchedulerState(self.batching, blocks, share_prefixes=batching.enable_prefix_caching)
-        self._seed = os.urandom(16)  # so that nobody can make up prompts whose hashes meet
+        self._loaded, self._seed = loaded, os.urandom(16)  # so that nobody can make up prompts whose hashes meet
         self._answers = Answers(self._state, tokenizer, self.max_model_len)
         self._journal: Journal | None = None
         self._compiler: GrammarCompiler | None = None
-        self._compiling = Lock()
-        self._ids = itertools.count()
+        self._compiling, self._ids = Lock(), itertools.count()
         self.num_steps = 0
         self._preemptions = self._prompt_tokens = self._generation_tokens = self._queries = self._hits = 0
 
@@ -220,8 +218,7 @@ class Engine:
         request_id = request_id or f"request-{next(self._ids)}"
         if request_id in self._answers.live:
             raise UsageError(f"request id `{request_id}` is already running")
-        owner = repr((params.adapter, params.cache_salt)).encode()
-        salt = hashlib.blake2b(owner, key=self._seed, digest_size=16).digest()
+        salt = hashlib.blake2b(params.owner, key=self._seed, digest_size=16).digest()
         deadline = None if params.max_seconds is None else time.monotonic() + params.max_seconds
         request = Request(
             request_id,
@@ -238,7 +235,7 @@ class Engine:
         return request_id
 
     def step(self) -> list[RequestOutput]:
-        """Schedule, run, sample, post-process: one token for every request that was computed to its end."""
+        """Schedule, run, sample, post-process: a token or more for every request that was computed to its end."""
         self._state.now = time.monotonic()
         if self._speculator:
             self._speculator.draft(self._state.running, self._answers.live, self._journal)
@@ -306,6 +303,11 @@ class Engine:
             "speculation": self._speculation and self._speculation.record(),
             "fused": dict(self._loaded.fused),
         }
+
+    def draft_with(self, proposer: Proposer, most: int, adapt: bool = True) -> None:
+        """Let `proposer` draft up to `most` tokens from now on, always that many unless the engine may `adapt`."""
+        self._speculator = Speculator(proposer, most, adapt)
+        self._runner.see = self._speculator.see
 
     def reset_prefix_cache(self) -> None:
         """Forget what earlier requests left in the cache."""

@@ -145,6 +145,11 @@ class SamplingParams:
         return INFINITE if self.kv_policy is not None and self.kv_policy.unbounded else limit
 
     @property
+    def owner(self) -> bytes:
+        """Whose cached prefixes it may share."""
+        return repr((self.adapter, self.cache_salt)).encode()
+
+    @property
     def shapes_logits(self) -> bool:
         """Whether anything is done to the logits before a token is chosen."""
         penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)

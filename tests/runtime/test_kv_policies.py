@@ -34,6 +34,14 @@ CONTEXT = 96  # of streaming engines: less than their prompts
 STREAM = Streaming(sinks=3, window=30)
 SNAP = Selecting(budget=40, window=8)
 PYRAMID = Selecting(budget=0.3, window=8, pyramid=True)
+REFUSED = (
+    ("opt", STREAM, "learned positions"),
+    ("gpt2", STREAM, "learned positions"),
+    ("llama-rope-dynamic", STREAM, "depend on the length (dynamic)"),
+    ("mistral-window", SNAP, "limits attention to a window"),
+    ("deepseek-v3", PYRAMID, "(MLA)"),
+    ("qwen3", Streaming(window=4000), "the context is 256"),
+)
 PROMPTS = [[(7 * i * i + 13 * i + 5 * seed) % 500 + 7 for i in range(LENGTH + seed)] for seed in range(3)]
 
 
@@ -288,17 +296,7 @@ def test_a_log_of_policies_is_planned_again(engine: Any, tmp_path: Path) -> None
     assert replay(tmp_path / "log").difference is None
 
 
-@pytest.mark.parametrize(
-    ("name", "policy", "reason"),
-    [
-        ("opt", STREAM, "learned positions"),
-        ("gpt2", STREAM, "learned positions"),
-        ("llama-rope-dynamic", STREAM, "depend on the length (dynamic)"),
-        ("mistral-window", SNAP, "limits attention to a window"),
-        ("deepseek-v3", PYRAMID, "(MLA)"),
-        ("qwen3", Streaming(window=4000), "the context is 256"),
-    ],
-)
+@pytest.mark.parametrize(("name", "policy", "reason"), REFUSED)
 def test_what_a_model_can_not_keep_is_refused(engine: Any, name: str, policy: KvPolicy, reason: str) -> None:
     with pytest.raises((UsageError, CapacityError)) as caught:
         engine(name).check([7], asked(policy))

@@ -26,11 +26,11 @@ from llmopt_cli.runtime.tokenizer import Tokenizer
 from llmopt_cli.server.app import run
 from llmopt_cli.server.service import Settings
 from llmopt_cli.spec.checkpoint import Checkpoint
-from llmopt_cli.spec.kv_policy import KvPolicy, Selecting, Streaming
+from llmopt_cli.spec.kv_policy import KvPolicy, Selecting
 from llmopt_cli.spec.recipe import Batching, Recipe, Speculation
+from tests.runtime.test_kv_policies import REFUSED, STREAM
 
 BATCHING = Batching(max_num_seqs=4, block_size=4, max_num_batched_tokens=64)
-STREAM = Streaming(sinks=3, window=30)
 SNAP = Selecting(budget=12, window=8)
 PROMPT = [(7 * i * i + 13 * i) % 500 + 7 for i in range(60)]
 Make = Callable[..., Engine]
@@ -109,17 +109,7 @@ def test_a_server_tries_the_model_on_the_engines_thread(engine: Make, monkeypatc
     assert threads == ["llmopt-engine"] * 2
 
 
-@pytest.mark.parametrize(
-    ("name", "policy", "reason"),
-    [
-        ("opt", STREAM, "learned positions"),
-        ("gpt2", STREAM, "learned positions"),
-        ("llama-rope-dynamic", STREAM, "depend on the length (dynamic)"),
-        ("mistral-window", SNAP, "limits attention to a window"),
-        ("deepseek-v3", Selecting(pyramid=True), "(MLA)"),
-        ("qwen3", Streaming(window=4000), "the context is 256"),
-    ],
-)
+@pytest.mark.parametrize(("name", "policy", "reason"), REFUSED)
 def test_what_files_tell_is_refused_before_weights_are_read(
     strong: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str, policy: KvPolicy, reason: str
 ) -> None:

@@ -15,7 +15,6 @@ from llmopt_cli.runtime import Engine, SamplingParams
 from llmopt_cli.runtime.journal import replay
 from llmopt_cli.runtime.request import Grammar, Request, RequestOutput
 from llmopt_cli.runtime.speculative.proposer import Draft, Proposer
-from llmopt_cli.runtime.speculative.speculator import Speculator
 from llmopt_cli.runtime.stats import Tally
 from llmopt_cli.runtime.tokenizer import Tokenizer
 from llmopt_cli.spec.checkpoint import Checkpoint
@@ -99,7 +98,7 @@ def make(pair: tuple[Path, Path], folders: dict[str, str]) -> Iterator[Callable[
             asked = Speculation(folders.get(method, ""), tokens, method=method, adaptive=False)
         made.append(Engine(checkpoint, loaded, tokenizer, batching, speculation=asked))
         if method is not None and not isinstance(method, str):
-            made[0]._speculator = Speculator(method, tokens, adapt=False)
+            made[0].draft_with(method, tokens, adapt=False)
         return made[0]
 
     yield engine
