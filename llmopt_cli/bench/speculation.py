@@ -28,6 +28,7 @@ from llmopt_cli.spec.recipe import Batching, Speculation
 from llmopt_cli.spec.result import check_writable
 
 PROMPT, ANSWER = 96, 160  # tokens
+ROUNDS = {1: 4, 8: 2}  # times that a pair of so many requests goes on with as many others: else too little is measured
 TURN = 0.01  # seconds of one engine before the other has its turn
 Parts = tuple[Checkpoint, Tokenizer, LoadedModel, LoadedModel]
 REPETITIVE = "".join(
@@ -51,9 +52,10 @@ def race(engines: Sequence[Engine], prompts: Sequence[list[int]]) -> list[float]
     params = SamplingParams(max_tokens=ANSWER, ignore_eos=True)
     for engine, prompt in itertools.product(engines, prompts):
         engine.add_request(prompt, params)
-    seconds = [0.0] * len(engines)
+    seconds, order = [0.0] * len(engines), list(enumerate(engines))
     while any(engine.has_work() for engine in engines):
-        for index, engine in enumerate(engines):
+        order = order[::-1]  # who follows whom tells, too
+        for index, engine in order:
             started = now = time.perf_counter()
             while engine.has_work() and now < started + TURN:
                 engine.step()
@@ -93,8 +95,9 @@ def speculation(
     parts = checkpoint, Tokenizer(checkpoint), load_model(checkpoint), load_model(checkpoint)
     texts = dict(one.split("=", 1) for one in text or ())
     sources = {"repetitive": REPETITIVE} | {name: read_text(Path(path)) for name, path in texts.items()}
-    found, out = [], Output()
+    out = Output()
     for how in method or ("ngram", "suffix"):
+        found = []
         name, _, drafts = how.partition("=")
         asked = Speculation(drafts, tokens, method=name, adaptive=adaptive)
         named = f"{name}={Path(drafts).name}" if drafts else name
@@ -102,7 +105,7 @@ def speculation(
             cell = _compare(parts, pieces(sources[source], parts[1]), asked, count, pairs)
             found.append({"text": source, "method": named, "batch": count} | cell)
             out.note(f"{source}, {named}, batch {count}: x {cell['ratio']:.3f}, with 95 % above {cell['low']:.3f}")
-    keep("speculation", checkpoint.name, {"adaptive": adaptive, "tokens": tokens, "found": found}, results)
+        keep("speculation", checkpoint.name, {"adaptive": adaptive, "tokens": tokens, "found": found}, results)
 
 
 def _compare(parts: Parts, prompts: Iterator[list[int]], asked: Speculation, count: int, pairs: int) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def _compare(parts: Parts, prompts: Iterator[list[int]], asked: Speculation, cou
         for model, one in zip(models, (None, asked), strict=True)
     )
     race((plain, drafting), [next(prompts)])
-    speeds = [race((plain, drafting), [next(prompts) for _ in range(count)]) for _ in range(pairs)]
+    speeds = [_pair((plain, drafting), prompts, count) for _ in range(pairs)]
     tally = drafting.stats().speculation
     assert tally is not None
     for engine in (plain, drafting):
@@ -122,10 +125,16 @@ def _compare(parts: Parts, prompts: Iterator[list[int]], asked: Speculation, cou
     return ratio(speeds) | {
         "tokens_per_step": tally.length,
         "acceptance": tally.acceptance,
-        "speedup_said": tally.speedup,
+        "speedup_said": None if math.isnan(tally.speedup) else tally.speedup,
         "tokens_per_s": statistics.median(drafted for _, drafted in speeds),
         "tokens_per_s_without": statistics.median(alone for alone, _ in speeds),
     }
+
+
+def _pair(engines: Sequence[Engine], prompts: Iterator[list[int]], count: int) -> list[float]:
+    """Output tokens a second of each, as `race` has them, of all rounds together."""
+    rounds = [race(engines, [next(prompts) for _ in range(count)]) for _ in range(ROUNDS.get(count, 1))]
+    return [statistics.harmonic_mean(speeds) for speeds in zip(*rounds, strict=True)]
 
 
 def read_text(path: Path) -> str:

@@ -79,6 +79,8 @@ class Foretold:
     stood: Mapping[str, list[int]] = field(default_factory=dict)
     step: tuple[str, float] | None = None  # its shape and seconds of proposing, if it is as all of its shape
 
+    in_turn = False
+
     @property
     def unseen(self) -> int:
         """As its heads."""

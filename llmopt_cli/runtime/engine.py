@@ -239,6 +239,7 @@ class Engine:
         self._state.now = time.monotonic()
         if self._speculator:
             self._speculator.draft(self._state.running, self._answers.live, self._journal)
+            self._runner.see = self._speculator.see
         plan = schedule(self._state)
         if self._journal and (plan.chunks or plan.expired):
             self._journal.plan(self._state.now, plan)
@@ -307,7 +308,6 @@ class Engine:
     def draft_with(self, proposer: Proposer, most: int, adapt: bool = True) -> None:
         """Let `proposer` draft up to `most` tokens from now on, always that many unless the engine may `adapt`."""
         self._speculator = Speculator(proposer, most, adapt)
-        self._runner.see = self._speculator.see
 
     def reset_prefix_cache(self) -> None:
         """Forget what earlier requests left in the cache."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 import pytest
@@ -14,13 +14,18 @@ MOST = 8
 
 
 class World:
-    """A machine whose steps take `step(tokens)` seconds, proposing `propose(tokens)`; drafts stand with `chance`."""
+    """A machine whose steps take `step(tokens)` seconds, `propose(tokens, or passes)`; drafts stand with `chance`."""
 
     def __init__(
-        self, step: Callable[[int], float], propose: Callable[[int], float], chance: float, noise: float = 0.05
+        self,
+        step: Callable[[int], float],
+        propose: Callable[[int], float],
+        chance: float,
+        noise: float = 0.05,
+        in_turn: bool = False,
     ) -> None:
         self.step, self.propose, self.chance, self.noise = step, propose, chance, noise
-        self.clocks = Clocks()
+        self.clocks = Clocks(in_turn)
         self.controller = Controller(MOST, self.clocks)
         self.random = Random(0)
         self.now = self.seconds = self.tokens = 0.0
@@ -42,20 +47,22 @@ class World:
                 stood = next((place for place in range(length) if self.random.random() > self.chance), length)
                 if length:
                     self.controller.proposed(name, length, length)
-                    self.controller.verified(name, length, stood)
+                    self.controller.verified(name, length, stood, comparing)
                 brought += 0 if comparing else stood
             self.tokens += requests + brought
-            self.spend(requests, sum(lengths), comparing, asleep)
+            self.spend(requests, lengths, comparing, asleep)
         return self.tokens / self.seconds * self.step(requests) / requests
 
-    def spend(self, requests: int, proposed: int, comparing: bool, asleep: bool) -> None:
+    def spend(self, requests: int, lengths: Sequence[int], comparing: bool, asleep: bool) -> None:
         """The time of a step, and what there is to learn from it."""
+        proposed = sum(lengths)
         drafted = 0 if comparing else proposed
+        amount = max(lengths) if self.clocks.in_turn else proposed
         running = self.step(requests + drafted) * (1 + self.noise * self.random.uniform(-1, 1))
-        proposing = 0.0 if asleep else self.looking * requests + (self.propose(proposed) if proposed else 0.0)
+        proposing = 0.0 if asleep else self.looking * requests + (self.propose(amount) if proposed else 0.0)
         self.clocks.add_step(requests, drafted, running)
         if proposed:
-            self.clocks.add_proposal(proposed, proposing)
+            self.clocks.add_proposal(requests - lengths.count(0), max(lengths), proposing)
         if not asleep:
             self.controller.stepped(requests, drafted, running + proposing, proposing)
             self.rest = self.controller.rest(requests)
@@ -90,6 +97,12 @@ def test_where_drafting_loses_nearly_nothing_is_lost(
 @pytest.mark.parametrize(("chance", "least"), [(0.9, 4.5), (0.7, 2.4), (0.4, 1.25)])
 def test_where_steps_are_flat_drafts_are_long_and_win(chance: float, least: float) -> None:
     assert World(flat, free, chance).run(2000, 1) > least
+
+
+def test_a_pass_for_each_token_is_dear_for_one_request_and_not_for_many() -> None:
+    world = World(flat, lambda passes: 0.05 * passes, 0.8, in_turn=True)
+    assert world.run(2000, 1) > 1.5
+    assert world.run(2000, 8) > 1.5
 
 
 def test_it_comes_back_when_the_text_changes_and_leaves_again() -> None:
@@ -143,10 +156,10 @@ def test_when_a_machine_becomes_slower_everything_does() -> None:
                 clocks.add_step(requests, 0, requests * scale)
         if scale == 1:
             clocks.add_step(8, 8, 12.0)
-            clocks.add_proposal(8, 1.0)
+            clocks.add_proposal(8, 1, 1.0)
     assert clocks.alone(8) == pytest.approx(24, rel=0.05)
     assert clocks.drafted(8, 8) == pytest.approx(36, rel=0.25)
-    assert clocks.proposing(8) == pytest.approx(3, rel=0.25)
+    assert clocks.proposing(8, 1) == pytest.approx(3, rel=0.25)
 
 
 def test_no_draft_is_longer_than_asked_for() -> None:
@@ -154,7 +167,7 @@ def test_no_draft_is_longer_than_asked_for() -> None:
     world.controller = Controller(1, world.clocks)
     for step in range(30):
         asked += world.controller.lengths(["a"], 1, float(step))
-        world.spend(1, asked[-1] if asked else 0, comparing=False, asleep=False)
+        world.spend(1, asked[-1:], comparing=False, asleep=False)
     assert set(asked) == {0, 1}
 
 

@@ -32,6 +32,8 @@ METHODS = ("ngram", "suffix", "draft_model", *HEADS)
 class Wild:
     """Proposes what comes to its mind, and every third time nothing."""
 
+    in_turn = False
+
     def __init__(self) -> None:
         self._random = Random(3)
 

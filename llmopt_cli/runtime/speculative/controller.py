@@ -18,24 +18,24 @@ from dataclasses import dataclass
 
 from llmopt_cli.runtime.speculative.times import Clocks
 
-MEMORY, MEMORY_OF_ALL = 0.93, 0.98  # of a mean that is kept when something new is measured: a request's, everybody's
+MEMORY, MEMORY_OF_ALL = 0.96, 0.98  # of a mean that is kept when something new is measured: a request's, everybody's
 FOUND, AGAIN = 0.97, 0.5  # of whether there is anything to propose: at times, or again and again from now on
 PRIOR = 0.7  # the chance that a first draft stands
 LOWEST, HIGHEST = 0.02, 0.98  # chances are kept between
 FLOORS = (0.8, 0.6, 0.45, 0.3, 0.2, 0.1)  # a token is drafted if the chance that all up to it stand is at least this
 TRYING, MORE = 0.002, 0.02  # of the time may be lost on trying what seems worse; more, by how often drafts won lately
-LATELY = 0.998  # of a mean that is kept at every step that is looked at
+LATELY, BEFORE = 0.998, 0.95  # how much of how often that was is kept at a step with drafts, at others looked at
 LEAST = 0.01  # of a step that trying takes, whatever was measured
 COMPARED = 4  # tokens of drafts that are only compared, of so many requests at once if that takes less than a step
 AT_ONCE = 8
 EARNEST = 8  # of so many tries one is in earnest,
 HOPELESS, DESPAIR = 0.7, 0.8  # unless it promises less than so much, or that times a factor for each time it did
 BEGIN, STAY = 1.15, 1.05  # what drafting must promise, where none is drafted and where some is: figures are noisy
-LESSONS = 8  # steps at first in which one request is drafted for, unless that takes longer than another step
+LESSONS = 8  # steps at first in which one request is drafted for
 TRUTH = 0.98  # of the means that are kept of what drafts promise and bring
 LONGEST = 3.0  # times what was expected that a step with drafts may take: more says nothing of the next
 PAUSE = 3  # steps without drafts where some win: the first one is slower, whatever comes after something else is
-LASTS = 4  # steps for which drafts are as long
+LASTS = 4  # steps for which what was decided lasts
 NAP = 64  # steps at most in which nothing is asked
 
 
@@ -90,6 +90,7 @@ class Controller:
         self._try_at = 0.0  # when what seems worse is tried again
         self._lessons = LESSONS
         self._tries = self._turn = 0
+        self._compared = 0.0  # seconds that it took to compare, the last time
         self._lately = 0.0  # the share of steps with drafts
         self._hopeless = HOPELESS
         self._trying = False
@@ -100,7 +101,7 @@ class Controller:
         self._forecast = 0.0  # seconds of a step with the drafts that are held
 
     def lengths(self, requests: Sequence[str], batch: int, now: float) -> list[int]:
-        """How many tokens to draft for each, at a time in seconds; all zero where that is best.
+        """How many tokens to draft for each; all zero where that is best. `now` counts the seconds of all steps.
 
         `batch` counts all that run, those that can't be drafted for, too.
         """
@@ -111,9 +112,9 @@ class Controller:
             self._lessons, self._trying = self._lessons - 1, True
             return [min(COMPARED, self.most), *[0] * (len(requests) - 1)]
         self._left -= 1
-        if (self._news and self._left < 0) or any([name not in self._held for name in requests]):  # noqa: C419  faster
+        if self._left < 0 and (self._news or not self._held.keys() >= set(requests)):
             self._decide(requests)
-        found = [self._held[name] for name in requests]
+        found = [self._held.get(name, 0) for name in requests]
         self._drafting = any(found)
         self._pause = self._pause if self._drafting else 0
         if self._drafting and (self._pause or now >= self._try_at):
@@ -132,10 +133,11 @@ class Controller:
         if self._gain < (STAY if drafted else BEGIN):
             self._gain, lengths = 1.0, [0] * len(requests)
         if drafted != any(lengths):  # something else is to be tried from now on
-            lost = max(LEAST, PAUSE * (self._gain - 1)) * self._clocks.alone(self._batch)
-            self._try_at = self._clock + lost / self._share()
+            alone = self._clocks.alone(self._batch)
+            lost = self._compared if drafted else PAUSE * (self._gain - 1) * alone
+            self._try_at = self._clock + max(lost, LEAST * alone) / self._share()
         self._held = dict(zip(requests, lengths, strict=True))
-        self._left, self._news = LASTS - 1 if any(lengths) and self._clocks.drafted(1, 1) else 0, False
+        self._left, self._news = LASTS - 1 if self._clocks.drafted(1, 1) else 0, False
         if max(lengths) == self._cap:
             self._cap = min(2 * self._cap, self.most)
 
@@ -148,31 +150,31 @@ class Controller:
             if self._hopeless == HOPELESS:
                 return best
         self.comparing = True
-        count, each = len(requests), self._clocks.proposing(COMPARED)
-        most = int(self._clocks.alone(self._batch) / each) if each else 1
-        most = max(1, min(most, AT_ONCE, count))
+        count, length, spare = len(requests), min(COMPARED, self.most), self._clocks.alone(self._batch)
+        most = min(AT_ONCE, count)
+        while most > 1 and self._clocks.proposing(most, length) > spare:
+            most -= 1
         chosen = {(self._turn + index) % count for index in range(most)}
-        self._turn += most if each else 0
-        return [min(COMPARED, self.most) if index in chosen else 0 for index in range(count)]
+        self._turn += most
+        return [length if index in chosen else 0 for index in range(count)]
 
     def _best(self, requests: Sequence[str]) -> tuple[float, list[int]]:
         """The drafts that promise most, and how much faster than none they are."""
         batch, lengths = self._batch, [0] * len(requests)
-        if not self._clocks.proposing(1):
+        if not self._clocks.proposing(1, 1):
             return 0.0, lengths  # what it takes to propose comes first, too
         places = self._places(requests)
-        best, taken, brought, drafted, end = 0.0, 0, 0.0, 0.0, 0
+        best, taken, brought, drafted, end = 0.0, lengths, 0.0, 0.0, 0
         for floor in FLOORS:
             while end < len(places) and places[end][0] >= floor:
-                standing, found, _ = places[end]
+                standing, found, index = places[end]
                 brought, drafted, end = brought + standing * found, drafted + found, end + 1
-            seconds = self._seconds(batch, max(1, round(drafted)), end)
+                lengths[index] += 1
+            seconds = self._seconds(max(1, round(drafted)), lengths)
             rate = (batch + self._standing.share() * brought) / (self._lasting.share(1.0, LONGEST) * seconds)
             if end and rate > best:
-                best, taken, self._forecast = rate, end, seconds
-        for _, _, index in places[:taken]:
-            lengths[index] += 1
-        return best * self._clocks.alone(batch) / batch, lengths
+                best, taken, self._forecast = rate, lengths.copy(), seconds
+        return best * self._clocks.alone(batch) / batch, taken
 
     def _places(self, requests: Sequence[str]) -> list[tuple[float, float, int]]:
         """All that may be drafted, the likeliest first: the chances that it stands and is found, and for whom."""
@@ -188,29 +190,28 @@ class Controller:
         places.sort(reverse=True)
         return places
 
-    def _seconds(self, batch: int, drafted: int, asked: int) -> float:
-        """A step of so many requests takes, with as many tokens drafted of those asked for."""
-        step = max(self._clocks.alone(batch), self._clocks.drafted(batch, drafted))
-        return step + self._clocks.proposing(asked)
+    def _seconds(self, drafted: int, lengths: Sequence[int]) -> float:
+        """A step takes with as many tokens drafted, of so many asked for each request."""
+        step = max(self._clocks.alone(self._batch), self._clocks.drafted(self._batch, drafted))
+        return step + self._clocks.proposing(len(lengths) - lengths.count(0), max(lengths))
 
     def stepped(self, requests: int, drafted: int, seconds: float, proposing: float) -> None:
         """A step of so many requests, with `drafted` tokens beside theirs, took so long, of that `proposing`."""
-        self._lately += (1 - LATELY) * (bool(drafted) - self._lately)
+        self._lately = 1 - LATELY * (1 - self._lately) if drafted else BEFORE * self._lately
         now, alone = self._clock + seconds, self._clocks.alone(requests)
         if self._drafting or drafted:
             lost = PAUSE * (self._gain - 1) * alone if self._drafting else seconds - alone
             if self._forecast and not self._lessons and self._drafting != self._trying:  # held, or tried in earnest
                 # Where some numbers of tokens are very dear, steps take longer than with the mean number.
                 self._lasting.learn(1.0, min(seconds / self._forecast, LONGEST))
-            if lost > alone and self._clocks.proposing(1):
-                self._lessons = 0
             if self._trying or not drafted:
                 self._try_at = max(self._try_at, now + max(lost, LEAST * alone) / self._share())
         elif proposing:
+            self._compared = proposing
             self._try_at = max(self._try_at, now) + max(proposing, LEAST * alone) / self._share()
         self._news = self._news or bool(drafted)
         self._trying = False
-        if not self._clocks.proposing(1):
+        if not self._clocks.proposing(1, 1):
             self._try_at = 0.0  # the first time there was more to do: once more
 
     def rest(self, requests: int) -> int:
@@ -233,14 +234,15 @@ class Controller:
         self._usual.found = _kept(MEMORY_OF_ALL * self._usual.found + (1 - MEMORY_OF_ALL) * share)
         self._news = self._news or drafted > 0 or not self.comparing
 
-    def verified(self, name: str, drafted: int, stood: int) -> None:
+    def verified(self, name: str, drafted: int, stood: int, compared: bool = False) -> None:
         """Of a request's draft so many tokens stood; those behind the first that did not say nothing."""
         if not drafted:
             return
         own = self._own(name)
         self._standing.learn(sum([own.stands ** (place + 1) for place in range(drafted)]), stood)
+        of_all = MEMORY if compared else MEMORY_OF_ALL  # that is seldom: much may have changed since
         for index in range(min(stood + 1, drafted)):
-            for one, memory in ((own, MEMORY), (self._usual, MEMORY_OF_ALL)):
+            for one, memory in ((own, MEMORY), (self._usual, of_all)):
                 one.stands = _kept(memory * one.stands + (1 - memory) * (index < stood))
         self._news = True
 

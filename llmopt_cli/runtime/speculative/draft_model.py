@@ -59,6 +59,8 @@ class DraftModel:
     Texts that would be longer than `context` are left alone.
     """
 
+    in_turn = True
+
     def __init__(self, loaded: LoadedModel, size: CacheSize, batching: Batching, context: int) -> None:
         self._layers = paged_layers(loaded.model)
         hang_cache(self._layers, size, loaded.dtype, loaded.device)

@@ -156,7 +156,8 @@ class _Known(NamedTuple):
 class Eagle:
     """Drafts with an EAGLE head: certain drafts. Its cache has `num_blocks`; at most `budget` tokens run at once."""
 
-    unseen = 256
+    unseen = 32
+    in_turn = True
 
     def __init__(
         self, heads: Heads, loaded: LoadedModel, num_blocks: int, block_size: int, budget: int, positions: int

@@ -60,6 +60,8 @@ class _Places:
 class NGram:
     """Proposes what followed the latest occurrence of the longest of the text's last n-grams that occurred before."""
 
+    in_turn = False
+
     def __init__(self, shortest: int = 2, longest: int = 4) -> None:
         self._shortest, self._longest = shortest, longest
         self._places: dict[str, _Places] = {}
@@ -104,6 +106,8 @@ class Suffix:
 
     What is said under a cache salt stays out of other answers, as with the prefix cache.
     """
+
+    in_turn = False
 
     def __init__(self, remembered: int = REMEMBERED) -> None:
         self._matched: dict[str, _Matched] = {}

@@ -77,6 +77,7 @@ class Medusa:
     """Drafts with Medusa heads: certain drafts, no longer than there are heads."""
 
     unseen = 1
+    in_turn = False
 
     def __init__(self, heads: Heads, loaded: LoadedModel) -> None:
         output = getattr(loaded.model.get_output_embeddings(), "weight", None)

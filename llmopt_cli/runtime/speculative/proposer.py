@@ -27,7 +27,9 @@ class Draft:
 
 
 class Proposer(Protocol):
-    """Guesses what requests will say."""
+    """Guesses what requests will say; `in_turn` where each token takes a pass of its own."""
+
+    in_turn: bool
 
     def propose(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
         """At most so many tokens after the last known one of each request; all of its tokens are verified."""

@@ -34,7 +34,7 @@ class Speculator:
         self.tally = Tally()
         self._proposer, self._most = proposer, most
         self._watching = proposer if isinstance(proposer, Watching) else None
-        self._clocks = Clocks()
+        self._clocks = Clocks(proposer.in_turn)
         self._controller = Controller(most, self._clocks) if adapt else None
         self._known: dict[str, Request] = {}
         self._live: Mapping[str, Live] = {}
@@ -44,6 +44,7 @@ class Speculator:
         self._unseen: deque[tuple[Sequence[Chunk], Tensor]] = deque()
         self._waiting = 0  # tokens in it
         self._began = self._proposing = 0.0
+        self._spent = 0.0  # seconds of all steps
         self._rest = self._rested = 0  # steps in which nothing is drafted and nobody asked: still, and so far
         self._few = 0.0  # requests left for which that is over
         self._resting = self._drafted = False
@@ -74,7 +75,7 @@ class Speculator:
         """How many tokens to draft for each of those for whom that can be done."""
         if self._controller is None:
             return [self._most] * len(names)
-        return self._controller.lengths(names, batch, self._began)
+        return self._controller.lengths(names, batch, self._spent)
 
     def _propose(self, wanted: Sequence[tuple[Live, int]]) -> None:
         """Ask for so many tokens of each."""
@@ -103,7 +104,7 @@ class Speculator:
             del self._guessed[name]
             if came is not None and self._controller:
                 stood = next((place for place, token in enumerate(came) if token != tokens[place]), len(came))
-                self._controller.verified(name, len(tokens), stood)
+                self._controller.verified(name, len(tokens), stood, compared=True)
 
     def _forget(self, live: Mapping[str, Live]) -> None:
         """Those that have ended since."""
@@ -117,13 +118,12 @@ class Speculator:
 
     @property
     def see(self) -> Callable[[Sequence[Chunk], Tensor], None] | None:
-        """What is to be given the hidden states (T, H) of every step, if the proposer drafts from them."""
-        return self._see if self._watching else None
+        """What is to be given the hidden states (T, H) of the step that comes, if the proposer may draft from them."""
+        return self._see if self._watching and self._rest <= self._watching.unseen else None
 
     def _see(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
         """Keep them until a draft is wanted: the latest of so many tokens, and never less than those of one step."""
-        if self._watching is None or self._rest > self._watching.unseen:
-            return
+        assert self._watching is not None
         self._unseen.append((chunks, hidden))
         self._waiting += len(hidden)
         while self._waiting > self._watching.unseen and len(self._unseen) > 1:
@@ -152,6 +152,9 @@ class Speculator:
             self.tally.steps += count
             self.tally.emitted += count
             return
+        whole = time.perf_counter() - self._began
+        rested, self._rested = self._rested * self._clocks.alone(len(chunks)), 0
+        self._spent += whole + rested
         decoded = [one for one in outputs if len(one.token_ids) > one.num_new_tokens]  # a prompt's last token is none
         drafted = 0
         if self._asked or any([one.drafts for one in chunks]):  # noqa: C419  a list is the faster one
@@ -162,10 +165,10 @@ class Speculator:
             self.tally.steps += len(decoded)
             self.tally.emitted += len(decoded)
         if len(decoded) == len(chunks) and sum([one.length for one in chunks]) == len(chunks) + drafted:
-            self._time(len(chunks), drafted, sum([one.num_new_tokens for one in decoded]))
+            self._time(len(chunks), drafted, sum([one.num_new_tokens for one in decoded]), whole, rested)
         elif self._asked and self._controller:
-            whole = self._clocks.alone(len(decoded)) + self._proposing
-            self._controller.stepped(len(decoded), drafted, whole, self._proposing)
+            alike = self._clocks.alone(len(decoded)) + self._proposing
+            self._controller.stepped(len(decoded), drafted, alike, self._proposing)
         self._ready = set() if self._rest else set(self._asked)
 
     def _count(self, drafts: Mapping[str, int], decoded: Sequence[RequestOutput]) -> None:
@@ -177,19 +180,17 @@ class Speculator:
             if self._controller and drafted and not output.finished:
                 self._controller.verified(output.request_id, drafted, stood)
 
-    def _time(self, requests: int, drafted: int, emitted: int) -> None:
-        """A step of decoding alone has ended."""
-        whole, clocks = time.perf_counter() - self._began, self._clocks
+    def _time(self, requests: int, drafted: int, emitted: int, whole: float, rested: float) -> None:
+        """A step of decoding alone took `whole` seconds, those before it in which nobody was asked `rested`."""
+        clocks = self._clocks
         if bool(drafted) == self._drafted or not (drafted or clocks.knows(requests)):
             clocks.add_step(requests, drafted, whole - self._proposing)
         self._drafted = bool(drafted)  # the first step after others of the other kind is slower: what it needs is cold
         if self._asked and self._ready.issuperset(self._asked):  # else there was more to catch up with
-            clocks.add_proposal(sum(self._asked.values()), self._proposing)
+            clocks.add_proposal(len(self._asked), max(self._asked.values()), self._proposing)
         if clocks.knows(requests):
-            rested = self._rested * clocks.alone(requests)
             self.tally.seconds += whole + rested
             self.tally.alone += emitted / requests * clocks.alone(requests) + rested
-        self._rested = 0
         if self._controller:
             self._controller.stepped(requests, drafted, whole, self._proposing)
             self._rest, self._few = self._controller.rest(requests), FEWER * requests

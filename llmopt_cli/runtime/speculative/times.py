@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 NEW = 0.1  # weight of something new in a mean, once there is much
 OUTLIER = 1.5  # times the mean: a longer step counts as so long, for machines pause
 SHORTER = 0.5  # weight of a step that is as much shorter: no pause explains that
+COLD = 3  # the first of a kind: of those the shortest counts, for the code and the memory that they need are cold
 SETTLED = 10  # means of so many can tell that the pace has changed,
 FOLLOWS = 0.2  # and it follows by this power of what is off
 PARTS = 8  # of a doubling that are told apart
@@ -30,7 +31,8 @@ class Times:
             self.seen[place] = seconds
         else:
             share = max(NEW if OUTLIER * seconds > old else SHORTER, 1 / (count + 1))
-            self.seen[place] = (1 - share) * old + share * min(seconds, OUTLIER * old)
+            mean = (1 - share) * old + share * min(seconds, OUTLIER * old)
+            self.seen[place] = mean if count >= COLD else min(old, seconds)
         self._counts[place] = count + 1
 
     def count(self, tokens: int) -> int:
@@ -70,11 +72,12 @@ def _between(low: tuple[int, float], high: tuple[int, float], tokens: int) -> fl
 
 @dataclass(slots=True)
 class Clocks:
-    """What was measured: steps alone, by requests; those with drafts, by all tokens in them; proposing, by tokens.
+    """What was measured: steps alone, by requests; those with drafts, by all tokens in them; proposing, by requests.
 
-    All are kept relative to one pace, which follows the steps alone: when a machine becomes slower, everything does.
+    Where tokens are proposed `in_turn`, it is what a pass takes that is measured. All are kept relative to one pace, which follows the steps alone: when a machine becomes slower, everything does.
     """
 
+    in_turn: bool = False
     _alone: Times = field(default_factory=Times)
     _drafted: Times = field(default_factory=Times)
     _proposing: Times = field(default_factory=Times)
@@ -87,9 +90,9 @@ class Clocks:
             self._pace *= min(max(off, 1 / OUTLIER), OUTLIER) ** FOLLOWS
         (self._drafted if drafted else self._alone).add(requests + drafted, seconds / self._pace)
 
-    def add_proposal(self, tokens: int, seconds: float) -> None:
-        """So many tokens were proposed."""
-        self._proposing.add(tokens, seconds / self._pace)
+    def add_proposal(self, requests: int, longest: int, seconds: float) -> None:
+        """For so many requests tokens were proposed, at most `longest` for one."""
+        self._proposing.add(requests, seconds / self._passes(longest) / self._pace)
 
     def knows(self, requests: int) -> bool:
         """Whether a step of about so many requests without drafts was seen."""
@@ -104,6 +107,9 @@ class Clocks:
         start = (requests, self._alone.at(requests))
         return self._drafted.at(requests + drafted, start) * self._pace if self._drafted.seen else 0.0
 
-    def proposing(self, tokens: int) -> float:
+    def proposing(self, requests: int, longest: int) -> float:
         """Seconds of proposing; 0 as long as nothing was seen."""
-        return self._proposing.at(tokens) * self._pace
+        return self._proposing.at(requests) * self._passes(longest) * self._pace
+
+    def _passes(self, longest: int) -> int:
+        return longest if self.in_turn else 1
