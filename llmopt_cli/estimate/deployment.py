@@ -12,7 +12,7 @@ from llmopt_cli.estimate.draft import Draft
 from llmopt_cli.spec.hardware import Hardware
 from llmopt_cli.spec.model import ModelSpec
 from llmopt_cli.spec.recipe import Batching, Recipe
-from llmopt_cli.spec.scheme import KV_16, KvDtype, Scheme
+from llmopt_cli.spec.scheme import BF16, KV_16, KvDtype, Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,16 @@ class Deployment:
     def kv_bytes(self) -> float:
         """Bytes of one cached value."""
         return self.kv.bytes_per_value(self.spec.head_dim)
+
+    @property
+    def draft_scheme(self) -> Scheme:
+        """In what a draft's own weights are: 16 bits, or 32 as the target's."""
+        return self.scheme if self.scheme.weight_bits > 16 else BF16
+
+    @property
+    def draft_bytes(self) -> float:
+        """Bytes of a draft's own weights."""
+        return self.draft.params * self.draft_scheme.weight_bits / 8 if self.draft else 0.0
 
     def split(self, tp: int, pp: int = 1) -> Self:
         """The same on another number of GPUs."""

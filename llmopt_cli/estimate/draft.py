@@ -45,11 +45,6 @@ class Draft:
     products: tuple[Product, ...] = ()
     params: int = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its own weights, in 16 bits."""
-        return 2 * self.params
-
 
 def model_draft(spec: ModelSpec, tokens: int, acceptance: float) -> Draft:
     """A small model as the draft."""
@@ -71,7 +66,7 @@ def _lookup(asked: Speculation, _: ModelSpec) -> Draft:
 
 def _eagle(asked: Speculation, target: ModelSpec) -> Draft:
     """`fc` joins an embedding and a hidden state; one decoder layer and the target's output matrix follow."""
-    stored = _stored(asked.model, target)
+    stored = _stored(asked.model, asked.method, target)
     layer = _layer(target) if stored is None else ModelSpec.from_hf({"model_type": "llama", **stored.config}, "")
     rows, copied = _rows(stored, target)
     matrices = layer.matrices()
@@ -89,7 +84,7 @@ def _eagle(asked: Speculation, target: ModelSpec) -> Draft:
 
 def _medusa(asked: Speculation, target: ModelSpec) -> Draft:
     """Heads of residual blocks before one output matrix, the target's; each of its own would be one more to read."""
-    stored = _stored(asked.model, target)
+    stored = _stored(asked.model, asked.method, target)
     config: Mapping[str, Any] = {} if stored is None else stored.config
     heads = int(config.get("medusa_num_heads", asked.num_speculative_tokens))
     blocks, used = int(config.get("medusa_num_layers", MEDUSA_BLOCKS)), min(heads, asked.num_speculative_tokens)
@@ -112,7 +107,7 @@ _METHODS: dict[str, Callable[[Speculation, ModelSpec], Draft]] = {
 }
 
 
-def _stored(name: str, target: ModelSpec) -> Checkpoint | None:
+def _stored(name: str, method: str, target: ModelSpec) -> Checkpoint | None:
     """The heads in a folder; None for a name that is none, as that of a hub."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -120,6 +115,9 @@ def _stored(name: str, target: ModelSpec) -> Checkpoint | None:
             raise UsageError(f"there is no folder `{name}` with heads", "make some: `llmopt train-heads MODEL`")
         return None
     found = Checkpoint.open(folder)
+    if found.heads != method:
+        what = f"{found.heads} heads" if found.heads else "no heads that draft"
+        raise UsageError(f"`{name}` holds {what}, not {method}", "give `--spec-method` as they are")
     hidden = found.config.get("hidden_size", target.hidden_size)
     if hidden != target.hidden_size:
         raise UsageError(f"the heads in `{name}` are for a hidden size of {hidden}, and {target.name} has another")

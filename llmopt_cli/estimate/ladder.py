@@ -23,12 +23,11 @@ from llmopt_cli.estimate.splits import shares
 from llmopt_cli.estimate.work import work
 from llmopt_cli.spec.catalog import models
 from llmopt_cli.spec.recipe import Speculation
-from llmopt_cli.spec.scheme import find_scheme
+from llmopt_cli.spec.scheme import BF16, find_scheme
 from llmopt_cli.spec.workload import Size, Workload
 
 CACHED_SHARE = 0.5  # of a prompt that others begin with too, where the load names none: 40-60 % is what is claimed
 DRAFT_SHARE = 1 / 5  # of the target's size: what a draft is at most
-BF16 = find_scheme("bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +108,11 @@ def ladder(question: Question) -> Ladder:
 def _rung(steps: list[_Step], index: int, longest: int) -> Rung:
     step, before, reference = steps[index], steps[max(0, index - 1)], steps[1]
     factor = step.tokens_per_s / before.tokens_per_s
-    draft = step.on.draft.nbytes if step.on.draft else 0
     return Rung(
         name=step.name,
         batch=step.batch,
         tokens_per_s=step.tokens_per_s,
-        weight_bytes=weight_bytes(step.on.spec, step.on.scheme) + draft,
+        weight_bytes=weight_bytes(step.on.spec, step.on.scheme) + step.on.draft_bytes,
         kv_bytes=step.on.gpus * step.batch * sequence_bytes(step.on, longest),
         factor=factor,
         relative_cost=reference.tokens_per_s / step.tokens_per_s,

@@ -16,7 +16,7 @@ from functools import cached_property
 from llmopt_cli.estimate.constants import Constants
 from llmopt_cli.estimate.deployment import Deployment
 from llmopt_cli.estimate.gemm import Matmul
-from llmopt_cli.estimate.layers import BF16, Layers
+from llmopt_cli.estimate.layers import Layers
 from llmopt_cli.estimate.load import Load
 from llmopt_cli.estimate.memory import budget, kv_values_per_layer, sequence_bytes
 from llmopt_cli.spec.hardware import Hardware
@@ -111,20 +111,16 @@ class StepModel:
 
     @cached_property
     def _drafter(self) -> StepModel | None:
-        """What runs for each drafted token, in 16 bits, or in 32 as the target does."""
+        """What runs for each drafted token."""
         spec = self.on.draft.spec if self.on.draft else None
-        return StepModel(replace(self.on, spec=spec, scheme=self._draft_scheme, draft=None)) if spec else None
+        return StepModel(replace(self.on, spec=spec, scheme=self.on.draft_scheme, draft=None)) if spec else None
 
     @cached_property
     def _heads(self) -> list[tuple[Matmul, bool]]:
         """What is multiplied beside it, and whether that is done for each drafted token."""
         products = self.on.draft.products if self.on.draft else ()
         matmul = self._layers.rates.matmul
-        return [(matmul(self._draft_scheme, one.rows / self.tp, one.columns), one.each) for one in products]
-
-    @property
-    def _draft_scheme(self) -> Scheme:
-        return self.scheme if self.scheme.weight_bits > 16 else BF16
+        return [(matmul(self.on.draft_scheme, one.rows / self.tp, one.columns), one.each) for one in products]
 
     def prefill(self, tokens: int, cached: int = 0) -> float:
         """The prompt of one request, up to its first token; the first `cached` tokens are in the prefix cache.

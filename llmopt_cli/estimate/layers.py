@@ -13,9 +13,8 @@ from llmopt_cli.estimate.constants import Constants
 from llmopt_cli.estimate.deployment import Deployment
 from llmopt_cli.estimate.gemm import Matmul, Rates
 from llmopt_cli.estimate.memory import kv_values_per_layer
-from llmopt_cli.spec.scheme import Scheme, find_scheme
+from llmopt_cli.spec.scheme import BF16, Scheme
 
-BF16 = find_scheme("bf16")
 # Layers of sparse attention choose the tokens to attend to by an indexer.
 INDEXED = frozenset(("GlmMoeDsaForCausalLM", "DeepseekV32ForCausalLM"))
 

@@ -188,10 +188,9 @@ def own_budget(spec: ModelSpec, batching: Batching, free: int, weights: int, byt
 def budget(on: Deployment) -> Budget:
     """Memory of the fullest GPU. vLLM: KV = utilization x usable - weights - activation peak - non-torch."""
     engine, batching, pool = on.engine, on.batching, find_pool(on.engine)
-    draft = on.draft.nbytes / on.tp if on.draft else 0.0
     return Budget(
         usable=_usable(on, pool),
-        weights=gpu_weight_bytes(on) + draft,
+        weights=gpu_weight_bytes(on) + on.draft_bytes / on.tp,
         activations=activation_bytes(on.spec, batching.max_num_seqs, batching.max_num_batched_tokens, on.tp, engine),
         non_torch=_non_torch(on, pool),
         kv_limit=batching.kv_cache_memory_bytes,

@@ -89,6 +89,13 @@ class Checkpoint:
         return found if isinstance(found, Mapping) else None
 
     @property
+    def heads(self) -> str | None:
+        """Which kind of heads that draft it is, if any: `medusa` or `eagle`."""
+        if "medusa_num_heads" in self.config:
+            return "medusa"
+        return "eagle" if "fc.weight" in self.tensors else None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -120,6 +120,7 @@ SCHEMES: dict[str, Scheme] = {
         _gguf("q2_k", 2, 2.94, "GGUF k-quant mix"),
     )
 }
+BF16 = SCHEMES["bf16"]
 ALIASES = {"fp16": "bf16", "float16": "bf16", "bfloat16": "bf16", "float32": "fp32", "auto": "bf16", "f16": "bf16"}
 
 

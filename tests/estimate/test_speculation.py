@@ -75,7 +75,10 @@ def test_every_method_is_timed_and_takes_its_memory(method: str) -> None:
     found = Decoding(step, 8, 512).asked()
     assert found.speedup == pytest.approx(plain.decode(8, 512) / step.decode(8, 512))
     assert 1 < found.speedup < found.tokens_per_step == pytest.approx(2.7731)
-    assert budget(on).weights - budget(PLAIN).weights == pytest.approx(on.draft.nbytes if on.draft else 0)
+    assert budget(on).weights - budget(PLAIN).weights == pytest.approx(2 * on.draft.params if on.draft else 0)
+    wide, wider = (replace(one, scheme=SCHEMES["fp32"]) for one in (PLAIN, on))
+    more, twice = budget(on).weights - budget(PLAIN).weights, budget(wider).weights - budget(wide).weights
+    assert twice == pytest.approx(2 * more)
     cached = {"draft_model": 16 * 8 * 64 * 4, "eagle": 8 * 128 * 4}.get(method, 0)  # of the draft, bytes a token
     assert sequence_bytes(on, 1600) - sequence_bytes(PLAIN, 1600) == 1600 * cached
 
@@ -109,6 +112,9 @@ def test_heads_that_lie_here_are_counted_by_their_files(kind: str, tmp_path: Pat
     assert "counted by" not in found.name
     with pytest.raises(UsageError, match="hidden size of 32"):
         resolve_draft(Speculation(str(tmp_path), 4, 0.7, kind), TARGET)
+    other = "eagle" if kind == "medusa" else "medusa"
+    with pytest.raises(UsageError, match=f"holds {kind} heads, not {other}"):
+        resolve_draft(Speculation(str(tmp_path), 4, 0.7, other), SMALL)
 
 
 def test_heads_that_lie_elsewhere_are_counted_by_the_models_shape() -> None:

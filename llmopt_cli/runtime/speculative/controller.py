@@ -90,6 +90,7 @@ class Controller:
         self._try_at = 0.0  # when what seems worse is tried again
         self._lessons = LESSONS
         self._tries = self._turn = 0
+        self._at_once = 1  # requests that were compared, the last time
         self._compared = 0.0  # seconds that it took to compare, the last time
         self._lately = 0.0  # the share of steps with drafts
         self._hopeless = HOPELESS
@@ -155,7 +156,7 @@ class Controller:
         while most > 1 and self._clocks.proposing(most, length) > spare:
             most -= 1
         chosen = {(self._turn + index) % count for index in range(most)}
-        self._turn += most
+        self._turn, self._at_once = self._turn + most, most
         return [length if index in chosen else 0 for index in range(count)]
 
     def _best(self, requests: Sequence[str]) -> tuple[float, list[int]]:
@@ -240,7 +241,8 @@ class Controller:
             return
         own = self._own(name)
         self._standing.learn(sum([own.stands ** (place + 1) for place in range(drafted)]), stood)
-        of_all = MEMORY if compared else MEMORY_OF_ALL  # that is seldom: much may have changed since
+        # Comparing is seldom, so that much may have changed since; but those compared at once are of one mind.
+        of_all = 1 - (1 - MEMORY) / self._at_once if compared else MEMORY_OF_ALL
         for index in range(min(stood + 1, drafted)):
             for one, memory in ((own, MEMORY), (self._usual, of_all)):
                 one.stands = _kept(memory * one.stands + (1 - memory) * (index < stood))

@@ -44,8 +44,8 @@ class Heads:
         if kind is not None and kind not in KINDS:
             raise UnknownNameError("kind of heads", kind, KINDS)
         checkpoint = Checkpoint.open(source)
-        found = "medusa" if "medusa_num_heads" in checkpoint.config else "eagle"
-        if found == "eagle" and "fc.weight" not in checkpoint.tensors:
+        found = checkpoint.heads
+        if found is None:
             raise ModelError(f"`{checkpoint.name}` holds no heads that draft", _advice(base, kind or "medusa"))
         if kind not in (None, found):
             raise ModelError(f"`{checkpoint.name}` holds {found} heads, not {kind}", f"give `--spec-method {found}`")

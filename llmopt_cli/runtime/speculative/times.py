@@ -74,7 +74,8 @@ def _between(low: tuple[int, float], high: tuple[int, float], tokens: int) -> fl
 class Clocks:
     """What was measured: steps alone, by requests; those with drafts, by all tokens in them; proposing, by requests.
 
-    Where tokens are proposed `in_turn`, it is what a pass takes that is measured. All are kept relative to one pace, which follows the steps alone: when a machine becomes slower, everything does.
+    Where tokens are proposed `in_turn`, it is what a pass takes that is measured. All are kept relative to one pace,
+    which follows the steps alone: when a machine becomes slower, everything does.
     """
 
     in_turn: bool = False
@@ -103,9 +104,15 @@ class Clocks:
         return self._alone.at(requests) * self._pace
 
     def drafted(self, requests: int, drafted: int) -> float:
-        """Seconds of a step with drafts; 0 as long as none was seen: else none ever would be."""
-        start = (requests, self._alone.at(requests))
-        return self._drafted.at(requests + drafted, start) * self._pace if self._drafted.seen else 0.0
+        """Seconds of a step with drafts; 0 as long as none was seen: else none ever would be.
+
+        With more tokens than any that was seen it takes at least as long as one of as many requests would.
+        """
+        tokens, seen = requests + drafted, self._drafted.seen
+        if not seen:
+            return 0.0
+        seconds = self._drafted.at(tokens, (requests, self._alone.at(requests)))
+        return (seconds if tokens <= max(seen) else max(seconds, self._alone.at(tokens))) * self._pace
 
     def proposing(self, requests: int, longest: int) -> float:
         """Seconds of proposing; 0 as long as nothing was seen."""
