@@ -57,6 +57,10 @@ FIGURES = (  # (metric, how the index shows it), in this order
         "{selected[recall][last]:.0%}",
     ),
     ("tree_to_chain", "{heads}: trees of drafts at most {tree_to_chain:.2f} times the tok/s of chains"),
+    (
+        "slowest",
+        "{drafts}: {slowest:.2f} to {fastest:.2f} times the tok/s of no drafts (intervals from {low:.3f})",
+    ),
     ("help_s", "`--help` {help_s:.2f} s"),
     ("estimate_s", "`estimate` {estimate_s:.2f} s"),
 )

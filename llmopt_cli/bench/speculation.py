@@ -1,7 +1,8 @@
 """What speculation is worth: `python -m llmopt_cli.bench.speculation --text stories=FILE ... [--results DIR]`.
 
 Two engines go on with pieces of texts, greedy, one with drafts and one without, in turns, so that a drift of the
-machine hits both. Fixed lengths tell what proposers are right about; under the controller nobody may become slower.
+machine hits both. Fixed lengths tell what proposers are right about; under the controller nobody should become slower.
+On a shared machine intervals are half as wide with one thread on a core of its own: `OMP_NUM_THREADS=1 taskset -c 0`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,12 +29,12 @@ from llmopt_cli.spec.recipe import Batching, Speculation
 from llmopt_cli.spec.result import check_writable
 
 PROMPT, ANSWER = 96, 160  # tokens
-ROUNDS = {1: 4, 8: 2}  # times that a pair of so many requests goes on with as many others: else too little is measured
+ROUNDS, ENOUGH = 4, 16  # times at most that a pair goes on with other requests, so that there are about so many
 TURN = 0.01  # seconds of one engine before the other has its turn
 Parts = tuple[Checkpoint, Tokenizer, LoadedModel, LoadedModel]
 REPETITIVE = "".join(
     f"    if name == 'field_{index}':\n        return self.fields['field_{index}'].read(buffer, offset)\n"
-    for index in range(40)
+    for index in range(2000)
 )
 
 
@@ -65,7 +66,7 @@ def race(engines: Sequence[Engine], prompts: Sequence[list[int]]) -> list[float]
 
 
 def ratio(pairs: Sequence[Sequence[float]]) -> dict[str, float]:
-    """The median of with / without, and the lower end of its 95 % interval.
+    """The median of with / without, and both ends of its 95 % interval.
 
     By Wilcoxon's signed ranks (Hodges and Lehmann 1963): a pause of the machine in one pair does not move it.
     """
@@ -74,7 +75,8 @@ def ratio(pairs: Sequence[Sequence[float]]) -> dict[str, float]:
     count = len(logs)
     spread = 1.96 * math.sqrt(count * (count + 1) * (2 * count + 1) / 24)
     lowest = max(0, math.floor(count * (count + 1) / 4 - spread))
-    return {"ratio": math.exp(statistics.median(means)), "low": math.exp(means[lowest]), "pairs": count}
+    low, high = means[lowest], means[-1 - lowest]
+    return {"ratio": math.exp(statistics.median(means)), "low": math.exp(low), "high": math.exp(high), "pairs": count}
 
 
 def speculation(
@@ -84,7 +86,7 @@ def speculation(
     method: Annotated[list[str] | None, typer.Option("--method", help="METHOD or METHOD=MODEL. Repeatable.")] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", help="Requests at once. Repeatable.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Most tokens of a draft.")] = 4,
-    pairs: Annotated[int, typer.Option("--pairs", min=2, help="Turns with and without.")] = 20,
+    pairs: Annotated[int, typer.Option("--pairs", min=6, help="Turns with and without.")] = 20,
     adaptive: Annotated[bool, typer.Option(help="Let the controller decide.")] = True,
     model: Annotated[str, typer.Option("--model", help="What to run.")] = "demo",
     results: ResultsOpt = RESULTS,
@@ -104,8 +106,16 @@ def speculation(
         for source, count in itertools.product(sources, batch or (1,)):
             cell = _compare(parts, pieces(sources[source], parts[1]), asked, count, pairs)
             found.append({"text": source, "method": named, "batch": count} | cell)
-            out.note(f"{source}, {named}, batch {count}: x {cell['ratio']:.3f}, with 95 % above {cell['low']:.3f}")
-        keep("speculation", checkpoint.name, {"adaptive": adaptive, "tokens": tokens, "found": found}, results)
+            figures = "{ratio:.3f} ({low:.3f} to {high:.3f})".format_map(cell)
+            out.note(f"{source}, {named}, batch {count}: x {figures}")
+        keep("speculation", checkpoint.name, {"adaptive": adaptive, "tokens": tokens} | _summary(named, found), results)
+
+
+def _summary(method: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All of a method's cells, and the worst and the best of them."""
+    ratios = [cell["ratio"] for cell in found]
+    lowest = min(cell["low"] for cell in found)
+    return {"drafts": method, "slowest": min(ratios), "low": lowest, "fastest": max(ratios), "found": found}
 
 
 def _compare(parts: Parts, prompts: Iterator[list[int]], asked: Speculation, count: int, pairs: int) -> dict[str, Any]:
@@ -133,7 +143,7 @@ def _compare(parts: Parts, prompts: Iterator[list[int]], asked: Speculation, cou
 
 def _pair(engines: Sequence[Engine], prompts: Iterator[list[int]], count: int) -> list[float]:
     """Output tokens a second of each, as `race` has them, of all rounds together."""
-    rounds = [race(engines, [next(prompts) for _ in range(count)]) for _ in range(ROUNDS.get(count, 1))]
+    rounds = [race(engines, [next(prompts) for _ in range(count)]) for _ in range(max(1, min(ROUNDS, ENOUGH // count)))]
     return [statistics.harmonic_mean(speeds) for speeds in zip(*rounds, strict=True)]
 
 

@@ -189,7 +189,7 @@ def _speed(step: StepModel, load: Load) -> Speed:
         tpot_band=_band("tpot_ms", step.on),
         tokens_per_s=work(step, load).tokens_per_s,
         throughput_band=_band("offline_tok_s", step.on),
-        speculation=Decoding(step, load.concurrency, load.context).asked() if step.on.draft else None,
+        speculation=Decoding(step, step.running(load), load.context).asked() if step.on.draft else None,
     )
 
 

@@ -6,6 +6,7 @@ Where nothing is drafted in some steps, or fewer tokens than asked for, the same
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from llmopt_cli.estimate.latency import StepModel, expected_tokens
@@ -41,8 +42,9 @@ class Decoding:
 
     def relative(self, length: float, share: float) -> float:
         """How many times as long a step takes on average, with drafts of `length` tokens in a `share` of them."""
-        plain = StepModel(replace(self.step.on, draft=None)).step(self.batch, self.context)
-        return 1 + share * (self.step.round(self.batch, self.context, length) / plain - 1) if share else 1.0
+        part = math.ceil(self.batch / self.step.on.pp)  # of the batch, in one pipeline stage
+        plain = StepModel(replace(self.step.on, draft=None)).step(part, self.context)
+        return 1 + share * (self.step.round(part, self.context, length) / plain - 1) if share else 1.0
 
 
 def gain(acceptance: float, length: float, share: float = 1.0, on: Decoding | None = None) -> Gain:

@@ -78,7 +78,7 @@ class Engine:
         if speculation is not None:
             proposer = make_proposer(speculation, drafter, loaded, self.cache_size, self.batching)
             self.draft_with(proposer, speculation.num_speculative_tokens, speculation.adaptive)
-        self._loaded, self._speculation = loaded, speculation
+        self._speculation = speculation
         blocks = BlockPool(self.cache_size.num_blocks)
         self._state = SchedulerState(self.batching, blocks, share_prefixes=batching.enable_prefix_caching)
         self._loaded, self._seed = loaded, os.urandom(16)  # so that nobody can make up prompts whose hashes meet
@@ -307,6 +307,8 @@ class Engine:
 
     def draft_with(self, proposer: Proposer, most: int, adapt: bool = True) -> None:
         """Let `proposer` draft up to `most` tokens from now on, always that many unless the engine may `adapt`."""
+        if self._speculator:
+            self._speculator.close()
         self._speculator = Speculator(proposer, most, adapt)
 
     def reset_prefix_cache(self) -> None:

@@ -41,7 +41,10 @@ class Tally:
 
     @property
     def speedup(self) -> float:
-        """How much longer decoding would have taken without drafts; NaN as long as no step without was seen."""
+        """How much longer steps without drafts, of as many requests, would have taken for as many tokens.
+
+        NaN as long as no such step was seen.
+        """
         return self.alone / self.seconds if self.seconds else math.nan
 
     @property

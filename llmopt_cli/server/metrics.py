@@ -66,7 +66,10 @@ SPECULATION = {  # name -> field of Tally, where something is drafted
 }
 SPECULATION_GAUGES = {
     "spec_decode_acceptance_length": ("Tokens that a request gets by a step.", "length"),
-    "spec_decode_speedup": ("Time that decoding would have taken without drafts, as a ratio.", "speedup"),
+    "spec_decode_speedup": (
+        "How much longer steps of as many requests without drafts would take for it.",
+        "speedup",
+    ),
 }
 
 

@@ -19,6 +19,7 @@ from llmopt_cli.bench.kv_waste import kv_waste
 from llmopt_cli.bench.prefix_hits import ideal, prefix_hits
 from llmopt_cli.bench.report import index
 from llmopt_cli.bench.run import Session
+from llmopt_cli.bench.speculation import ratio, speculation
 from llmopt_cli.bench.targets import EngineTarget
 from llmopt_cli.errors import UsageError
 from llmopt_cli.runtime import Engine
@@ -88,6 +89,29 @@ def test_host_overhead_parts_the_step(tmp_path: Path, monkeypatch: pytest.Monkey
     parts = (found["host_us"] + found["text_us"] + found["sample_us"]) * found["requests"] / 1e3
     assert 0 < parts < found["step_ms"]
     assert set(found["host_us_by_queue"]) == {"0", "100"}
+
+
+def test_drafts_are_raced_against_none_by_text_and_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{speculation.__module__}.ANSWER", 24)
+    text = tmp_path / "text.txt"
+    text.write_text("One two three four. " * 100)
+    speculation([f"counting={text}"], ["ngram", "suffix"], [1, 2], pairs=2, adaptive=False, results=tmp_path)
+    found = read_results(tmp_path / "speculation.jsonl")
+    assert [one.metrics["drafts"] for one in found] == ["ngram", "suffix"]
+    for metrics in (one.metrics for one in found):
+        cells = {(cell["text"], cell["batch"]): cell for cell in metrics["found"]}
+        assert cells.keys() == {(text, batch) for text in ("repetitive", "counting") for batch in (1, 2)}
+        assert cells["counting", 1]["tokens_per_step"] > 1
+        assert all(cell["tokens_per_s"] > 0 < cell["tokens_per_s_without"] for cell in cells.values())
+        assert metrics["slowest"] == min(cell["ratio"] for cell in cells.values()) <= metrics["fastest"]
+    assert "suffix: " in index(tmp_path)
+
+
+def test_the_ratio_is_that_of_typical_pairs() -> None:
+    found = ratio([(100.0, 150.0)] * 9 + [(100.0, 10.0)])  # the machine paused once
+    assert found["ratio"] == found["high"] == pytest.approx(1.5)
+    assert found["low"] < 0.5  # ten pairs are too few to leave it out
+    assert ratio([(100.0, 100.0 + each) for each in range(-10, 11)])["low"] < 0.98
 
 
 def test_ways_to_batch_are_compared_on_the_same_requests(tmp_path: Path) -> None:

@@ -29,15 +29,19 @@ class World:
         self.controller = Controller(MOST, self.clocks)
         self.random = Random(0)
         self.now = self.seconds = self.tokens = 0.0
-        self.looking = 0.0  # seconds that it takes to look at a request
+        self.looking = 0.002  # seconds that it takes to look at a request
         self.rest = 0
+        self.lifetime = 0  # steps after which one request makes way for another, if they do
         self.asked = 0  # steps in which requests were looked at
 
     def run(self, rounds: int, requests: int) -> float:
         """Tokens a second relative to no drafts at all."""
         self.seconds = self.tokens = self.asked = 0
         names = [f"r{index}" for index in range(requests)]
-        for _ in range(rounds):
+        for count in range(rounds):
+            if self.lifetime and not count % self.lifetime:
+                self.controller.forget(names.pop(0))
+                names.append(f"other {count}")
             asleep = self.rest > 0
             self.rest, self.asked = max(0, self.rest - 1), self.asked + (not asleep)
             lengths = [0] * requests if asleep else self.controller.lengths(names, requests, self.now)
@@ -105,6 +109,48 @@ def test_a_pass_for_each_token_is_dear_for_one_request_and_not_for_many() -> Non
     assert world.run(2000, 8) > 1.5
 
 
+@pytest.mark.parametrize(("step", "chance", "least"), [(steep, 0.5, 0.98), (flat, 0.8, 1.5)])
+def test_requests_come_and_go_in_all_sizes(step: Callable[[int], float], chance: float, least: float) -> None:
+    world = World(step, free, chance)
+    world.lifetime = 20
+    world.run(500, 4)
+    for requests in (1, 16, 3, 32, 8):
+        assert world.run(2000, requests) > least
+
+
+def test_times_that_have_become_shorter_are_noticed() -> None:
+    world = World(steep, free, 0.9)
+    assert world.run(2000, 2) > 0.98
+    world.step = flat
+    world.run(4000, 2)
+    assert world.run(2000, 2) > 1.5
+
+
+def test_a_machine_that_paused_does_not_keep_it_from_trying() -> None:
+    world = World(flat, free, 0.1)
+    world.run(500, 4)
+    world.controller.stepped(4, 0, 500.0, 500.0)
+    world.chance = 0.9
+    world.run(3000, 4)
+    assert world.run(1000, 4) > 1.5
+
+
+def test_steps_that_are_not_timed_end_a_pause_and_teach_nothing_of_times() -> None:
+    clocks = Clocks()
+    controller = Controller(4, clocks)
+    now, drafted = 0.0, []
+    for step in range(400):
+        (length,) = controller.lengths(["a"], 1, now)
+        clocks.add_step(1, length, 1.0) if step < 100 else None
+        if length:
+            clocks.add_proposal(1, length, 0.001)
+            controller.proposed("a", length, length)
+            controller.verified("a", length, length)
+        controller.stepped(1, length, 1.0 if step < 100 else None, 0.001)
+        now, drafted = now + 1, [*drafted, length]
+    assert drafted[-100:].count(4) > 90
+
+
 def test_it_comes_back_when_the_text_changes_and_leaves_again() -> None:
     world = World(flat, lambda tokens: 0.03 * tokens, 0.02)
     assert world.run(2000, 4) > 0.98
@@ -146,6 +192,36 @@ def test_times_are_means_with_straight_lines_between() -> None:
         times.add(4, 2.0)
     times.add(4, 400.0)  # the machine paused
     assert times.at(4) < 2.2
+
+
+def test_the_first_times_are_cold_and_the_shortest_of_them_counts() -> None:
+    times = Times()
+    for seconds in (9.0, 2.0, 2.5):
+        times.add(4, seconds)
+    assert times.at(4) == 2
+    times.add(4, 3.0)
+    assert 2 < times.at(4) < 3
+
+
+def test_more_drafts_than_were_seen_take_as_long_as_requests_would() -> None:
+    clocks = Clocks()
+    for requests in (1, 32):
+        clocks.add_step(requests, 0, float(requests))
+    assert clocks.drafted(32, 8) == pytest.approx(40)
+    clocks.add_step(1, 4, 1.5)
+    assert clocks.drafted(1, 4) == 1.5
+    assert clocks.drafted(32, 32) == pytest.approx(64)
+    clocks.add_step(32, 32, 40.0)
+    assert clocks.drafted(32, 32) == 40
+
+
+def test_passes_are_timed_by_requests() -> None:
+    clocks = Clocks(in_turn=True)
+    clocks.add_proposal(1, 4, 2.0)
+    assert clocks.proposing(1, 1) == clocks.proposing(8, 1) == 0.5
+    clocks.add_proposal(8, 2, 2.0)
+    assert clocks.proposing(8, 4) == 4
+    assert clocks.proposing(1, 4) == 2
 
 
 def test_when_a_machine_becomes_slower_everything_does() -> None:

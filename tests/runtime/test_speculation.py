@@ -14,6 +14,7 @@ from llmopt_cli.model.load import load_model
 from llmopt_cli.runtime import Engine, SamplingParams
 from llmopt_cli.runtime.journal import replay
 from llmopt_cli.runtime.request import Grammar, Request, RequestOutput
+from llmopt_cli.runtime.speculative.controller import Controller
 from llmopt_cli.runtime.speculative.proposer import Draft, Proposer
 from llmopt_cli.runtime.stats import Tally
 from llmopt_cli.runtime.tokenizer import Tokenizer
@@ -92,15 +93,17 @@ def make(pair: tuple[Path, Path], folders: dict[str, str]) -> Iterator[Callable[
     loaded, tokenizer = load_model(checkpoint, "float32"), Tokenizer(checkpoint)
     made: list[Engine] = []
 
-    def engine(method: str | Proposer | None = None, batching: Batching = SMALL, tokens: int = 4) -> Engine:
+    def engine(
+        method: str | Proposer | None = None, batching: Batching = SMALL, tokens: int = 4, adapt: bool = False
+    ) -> Engine:
         if made:
             made.pop().close()
         asked = None
         if isinstance(method, str):
-            asked = Speculation(folders.get(method, ""), tokens, method=method, adaptive=False)
+            asked = Speculation(folders.get(method, ""), tokens, method=method, adaptive=adapt)
         made.append(Engine(checkpoint, loaded, tokenizer, batching, speculation=asked))
         if method is not None and not isinstance(method, str):
-            made[0].draft_with(method, tokens, adapt=False)
+            made[0].draft_with(method, tokens, adapt)
         return made[0]
 
     yield engine
@@ -158,6 +161,28 @@ def test_greedy_answers_are_the_same_when_requests_are_preempted(make: Callable[
     assert engine.stats().num_preemptions > 0
     if method in HEADS:
         assert tally_of(engine).accepted > 10
+
+
+@pytest.mark.parametrize("method", [*METHODS, "wild", "knowing"])
+@pytest.mark.parametrize("blocks", [0, 24], ids=["room for all", "preempted"])
+def test_greedy_answers_are_the_same_whatever_the_controller_does(
+    make: Callable[..., Engine], method: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It naps, compares, tries in earnest, drafts and pauses, each as often as can be."""
+    for name, value in {"TRYING": 0.5, "NAP": 2, "EARNEST": 2, "LESSONS": 2, "LASTS": 1, "HOPELESS": 0.0}.items():
+        monkeypatch.setattr(f"{Controller.__module__}.{name}", value)
+    expected = answers(make(), GREEDY)
+    room = blocks * make().cache_size.block_bytes
+    tight = replace(SMALL, max_num_batched_tokens=256, max_model_len=104, kv_cache_memory_bytes=room) if room else SMALL
+    proposer = {"wild": Wild(), "knowing": knower("knowing", expected)}.get(method, method)
+    engine = make(proposer, tight, adapt=True)
+    if blocks:
+        engine._state.expected = 0.0  # all are let in at once, although they will not fit
+    for _ in range(3):
+        assert answers(engine, GREEDY) == expected
+    assert bool(engine.stats().num_preemptions) == bool(blocks)
+    tally = tally_of(engine)
+    assert 0 < tally.drafts < tally.steps <= tally.emitted == 3 * len(PROMPTS) * (GREEDY.max_tokens - 1)
 
 
 def test_drafts_take_no_blocks_from_anyone(make: Callable[..., Engine]) -> None:

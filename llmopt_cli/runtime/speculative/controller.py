@@ -1,4 +1,4 @@
-"""How many tokens to draft, from what was measured: none where speculation loses, now and then a few to see if it wins.
+"""How many tokens to draft, from what was measured: none where it seems to lose, now and then a few to see if it wins.
 
 Pure arithmetic on acceptance and times; the clock is the caller's. Knows no model, no proposer and no request's text.
 
@@ -34,6 +34,7 @@ BEGIN, STAY = 1.15, 1.05  # what drafting must promise, where none is drafted an
 LESSONS = 8  # steps at first in which one request is drafted for
 TRUTH = 0.98  # of the means that are kept of what drafts promise and bring
 LONGEST = 3.0  # times what was expected that a step with drafts may take: more says nothing of the next
+PAUSED = 10.0  # times a step without drafts: what takes longer was a pause of the machine
 PAUSE = 3  # steps without drafts where some win: the first one is slower, whatever comes after something else is
 LASTS = 4  # steps for which what was decided lasts
 NAP = 64  # steps at most in which nothing is asked
@@ -92,7 +93,7 @@ class Controller:
         self._tries = self._turn = 0
         self._at_once = 1  # requests that were compared, the last time
         self._compared = 0.0  # seconds that it took to compare, the last time
-        self._lately = 0.0  # the share of steps with drafts
+        self._lately = 0.0  # how much was drafted, 0 to 1
         self._hopeless = HOPELESS
         self._trying = False
         self._pause = 0  # steps of trying without that are left
@@ -138,7 +139,7 @@ class Controller:
             lost = self._compared if drafted else PAUSE * (self._gain - 1) * alone
             self._try_at = self._clock + max(lost, LEAST * alone) / self._share()
         self._held = dict(zip(requests, lengths, strict=True))
-        self._left, self._news = LASTS - 1 if self._clocks.drafted(1, 1) else 0, False
+        self._left, self._news = LASTS - 1, False
         if max(lengths) == self._cap:
             self._cap = min(2 * self._cap, self.most)
 
@@ -152,11 +153,11 @@ class Controller:
                 return best
         self.comparing = True
         count, length, spare = len(requests), min(COMPARED, self.most), self._clocks.alone(self._batch)
-        most = min(AT_ONCE, count)
-        while most > 1 and self._clocks.proposing(most, length) > spare:
-            most -= 1
-        chosen = {(self._turn + index) % count for index in range(most)}
-        self._turn, self._at_once = self._turn + most, most
+        several = min(AT_ONCE, count)
+        while several > 1 and self._clocks.proposing(several, length) > spare:
+            several -= 1
+        chosen = {(self._turn + index) % count for index in range(several)}
+        self._turn, self._at_once = self._turn + several, several
         return [length if index in chosen else 0 for index in range(count)]
 
     def _best(self, requests: Sequence[str]) -> tuple[float, list[int]]:
@@ -196,20 +197,26 @@ class Controller:
         step = max(self._clocks.alone(self._batch), self._clocks.drafted(self._batch, drafted))
         return step + self._clocks.proposing(len(lengths) - lengths.count(0), max(lengths))
 
-    def stepped(self, requests: int, drafted: int, seconds: float, proposing: float) -> None:
-        """A step of so many requests, with `drafted` tokens beside theirs, took so long, of that `proposing`."""
+    def stepped(self, requests: int, drafted: int, seconds: float | None, proposing: float) -> None:
+        """A step of so many requests, with `drafted` tokens beside theirs, took so long, of that `proposing`.
+
+        None where there was something else in it: that tells nothing of what drafts take.
+        """
         self._lately = 1 - LATELY * (1 - self._lately) if drafted else BEFORE * self._lately
-        now, alone = self._clock + seconds, self._clocks.alone(requests)
+        alone = self._clocks.alone(requests)
+        took = min(alone + proposing if seconds is None else seconds, PAUSED * alone)
+        now = self._clock + took
         if self._drafting or drafted:
-            lost = PAUSE * (self._gain - 1) * alone if self._drafting else seconds - alone
-            if self._forecast and not self._lessons and self._drafting != self._trying:  # held, or tried in earnest
+            lost = PAUSE * (self._gain - 1) * alone if self._drafting else took - alone
+            measured = seconds is not None and not self._lessons and self._forecast > 0
+            if measured and self._drafting != self._trying:  # held, or tried in earnest
                 # Where some numbers of tokens are very dear, steps take longer than with the mean number.
-                self._lasting.learn(1.0, min(seconds / self._forecast, LONGEST))
+                self._lasting.learn(1.0, min(took / self._forecast, LONGEST))
             if self._trying or not drafted:
                 self._try_at = max(self._try_at, now + max(lost, LEAST * alone) / self._share())
-        elif proposing:
-            self._compared = proposing
-            self._try_at = max(self._try_at, now) + max(proposing, LEAST * alone) / self._share()
+        elif self.comparing:
+            self._compared = min(proposing, max(PAUSED * alone, 2 * self._compared))
+            self._try_at = max(self._try_at, now) + max(self._compared, LEAST * alone) / self._share()
         self._news = self._news or bool(drafted)
         self._trying = False
         if not self._clocks.proposing(1, 1):

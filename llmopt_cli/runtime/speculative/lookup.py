@@ -15,7 +15,7 @@ from llmopt_cli.runtime.request import Request
 from llmopt_cli.runtime.speculative.automaton import Automaton
 from llmopt_cli.runtime.speculative.proposer import Draft
 
-REMEMBERED = 200_000  # tokens of ended answers, in each of two generations
+REMEMBERED = 200_000  # tokens of what ended, prompts and answers, in each of two generations
 AT_ONCE = 64  # of those that become known at a time
 SEPARATOR = -1  # between answers: no token
 REACH = 2  # tokens proposed for each that matched, at most

@@ -44,10 +44,12 @@ class Speculator:
         self._unseen: deque[tuple[Sequence[Chunk], Tensor]] = deque()
         self._waiting = 0  # tokens in it
         self._began = self._proposing = 0.0
-        self._spent = 0.0  # seconds of all steps
+        self._spent = self._slept = (
+            0.0  # seconds of all steps; of those in which nobody was asked, since the last count
+        )
         self._rest = self._rested = 0  # steps in which nothing is drafted and nobody asked: still, and so far
         self._few = 0.0  # requests left for which that is over
-        self._resting = self._drafted = False
+        self._resting = self._refused = False  # refused: of those that were to be drafted for, one was not
 
     def draft(self, running: Sequence[Request], live: Mapping[str, Live], journal: Journal | None = None) -> None:
         """Before a step is planned: give those that decode what is to be verified in it. Beams are not `live`."""
@@ -55,6 +57,8 @@ class Speculator:
             self._rest, self._rested, self._resting = self._rest - 1, self._rested + 1, True
             return
         self._began, self._asked, self._rest, self._resting = time.perf_counter(), {}, 0, False
+        slept, self._rested = self._rested * self._clocks.alone(len(running)), 0
+        self._slept, self._spent = self._slept + slept, self._spent + slept
         self._live = live
         self._forget(live)
         self._compare()
@@ -83,6 +87,7 @@ class Speculator:
         requests, lengths = [one.request for one, _ in wanted], [length for _, length in wanted]
         found = self._proposer.propose(requests, lengths)
         comparing = self._controller is not None and self._controller.comparing
+        self._refused = any(length and not draft.tokens for length, draft in zip(lengths, found, strict=True))
         for (one, length), draft in zip(wanted, found, strict=True):
             if not length:
                 continue
@@ -147,16 +152,13 @@ class Speculator:
 
     def learn(self, chunks: Sequence[Chunk], outputs: Sequence[RequestOutput]) -> None:
         """After a step: what became of the drafts, and how long it took, if all that ran were decoding."""
-        if self._resting:
-            count = sum([one.samples and one.length == 1 for one in chunks])
-            self.tally.steps += count
-            self.tally.emitted += count
-            return
-        whole = time.perf_counter() - self._began
-        rested, self._rested = self._rested * self._clocks.alone(len(chunks)), 0
-        self._spent += whole + rested
         decoded = [one for one in outputs if len(one.token_ids) > one.num_new_tokens]  # a prompt's last token is none
-        drafted = 0
+        if self._resting:
+            self.tally.steps += len(decoded)
+            self.tally.emitted += len(decoded)
+            return
+        whole, drafted = time.perf_counter() - self._began, 0
+        self._spent += whole
         if self._asked or any([one.drafts for one in chunks]):  # noqa: C419  a list is the faster one
             drafts = {one.request_id: one.drafts for one in chunks}
             drafted = sum(drafts.values())
@@ -164,11 +166,15 @@ class Speculator:
         else:
             self.tally.steps += len(decoded)
             self.tally.emitted += len(decoded)
+        caught_up = self._ready.issuperset(self._asked)  # else there was more to do, and less for those left out
+        if self._asked and caught_up and not (self._clocks.in_turn and self._refused):
+            self._clocks.add_proposal(len(self._asked), max(self._asked.values()), self._proposing)
         if len(decoded) == len(chunks) and sum([one.length for one in chunks]) == len(chunks) + drafted:
-            self._time(len(chunks), drafted, sum([one.num_new_tokens for one in decoded]), whole, rested)
-        elif self._asked and self._controller:
-            alike = self._clocks.alone(len(decoded)) + self._proposing
-            self._controller.stepped(len(decoded), drafted, alike, self._proposing)
+            self._time(len(chunks), drafted, sum([one.num_new_tokens for one in decoded]), whole)
+        elif self._controller and decoded:
+            self._controller.stepped(len(decoded), drafted, None, self._proposing)
+        if self._controller and decoded:
+            self._rest, self._few = self._controller.rest(len(chunks)), FEWER * len(chunks)
         self._ready = set() if self._rest else set(self._asked)
 
     def _count(self, drafts: Mapping[str, int], decoded: Sequence[RequestOutput]) -> None:
@@ -180,20 +186,16 @@ class Speculator:
             if self._controller and drafted and not output.finished:
                 self._controller.verified(output.request_id, drafted, stood)
 
-    def _time(self, requests: int, drafted: int, emitted: int, whole: float, rested: float) -> None:
-        """A step of decoding alone took `whole` seconds, those before it in which nobody was asked `rested`."""
+    def _time(self, requests: int, drafted: int, emitted: int, whole: float) -> None:
+        """A step of decoding alone took `whole` seconds."""
         clocks = self._clocks
-        if bool(drafted) == self._drafted or not (drafted or clocks.knows(requests)):
-            clocks.add_step(requests, drafted, whole - self._proposing)
-        self._drafted = bool(drafted)  # the first step after others of the other kind is slower: what it needs is cold
-        if self._asked and self._ready.issuperset(self._asked):  # else there was more to catch up with
-            clocks.add_proposal(len(self._asked), max(self._asked.values()), self._proposing)
+        clocks.add_step(requests, drafted, whole - self._proposing)
         if clocks.knows(requests):
-            self.tally.seconds += whole + rested
-            self.tally.alone += emitted / requests * clocks.alone(requests) + rested
+            self.tally.seconds += whole + self._slept
+            self.tally.alone += emitted / requests * clocks.alone(requests) + self._slept
+            self._slept = 0.0
         if self._controller:
             self._controller.stepped(requests, drafted, whole, self._proposing)
-            self._rest, self._few = self._controller.rest(requests), FEWER * requests
 
     def close(self) -> None:
         """Let go of what the proposer holds."""

@@ -83,9 +83,17 @@ class Clocks:
     _drafted: Times = field(default_factory=Times)
     _proposing: Times = field(default_factory=Times)
     _pace: float = 1.0
+    _drafts: bool = False  # in the last step
 
     def add_step(self, requests: int, drafted: int, seconds: float) -> None:
-        """A step of so many requests, with so many tokens drafted for all of them."""
+        """A step of so many requests, with so many tokens drafted for all of them.
+
+        The first one after one of the other kind is slower, for what it needs is cold: it only tells what is shorter.
+        """
+        known = self.drafted(requests, drafted) if drafted else self.alone(requests)
+        alike, self._drafts = bool(drafted) == self._drafts, bool(drafted)
+        if not alike and seconds >= known > 0:
+            return
         if not drafted and self._alone.count(requests) >= SETTLED:
             off = seconds / self.alone(requests)
             self._pace *= min(max(off, 1 / OUTLIER), OUTLIER) ** FOLLOWS
@@ -104,15 +112,12 @@ class Clocks:
         return self._alone.at(requests) * self._pace
 
     def drafted(self, requests: int, drafted: int) -> float:
-        """Seconds of a step with drafts; 0 as long as none was seen: else none ever would be.
-
-        With more tokens than any that was seen it takes at least as long as one of as many requests would.
-        """
-        tokens, seen = requests + drafted, self._drafted.seen
-        if not seen:
-            return 0.0
+        """Seconds of a step with drafts; with more tokens than any that was seen at least those of as many requests."""
+        tokens = requests + drafted
         seconds = self._drafted.at(tokens, (requests, self._alone.at(requests)))
-        return (seconds if tokens <= max(seen) else max(seconds, self._alone.at(tokens))) * self._pace
+        if bucket(tokens) > max(self._drafted.seen, default=0):
+            seconds = max(seconds, self._alone.at(tokens))
+        return seconds * self._pace
 
     def proposing(self, requests: int, longest: int) -> float:
         """Seconds of proposing; 0 as long as nothing was seen."""
