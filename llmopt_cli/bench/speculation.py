@@ -29,7 +29,7 @@ from llmopt_cli.spec.recipe import Batching, Speculation
 from llmopt_cli.spec.result import check_writable
 
 PROMPT, ANSWER = 96, 160  # tokens
-ROUNDS, ENOUGH = 4, 16  # times at most that a pair goes on with other requests, so that there are about so many
+ROUNDS, ENOUGH = 2, 16  # times at most that a pair goes on with other requests, so that there are about so many
 TURN = 0.01  # seconds of one engine before the other has its turn
 Parts = tuple[Checkpoint, Tokenizer, LoadedModel, LoadedModel]
 REPETITIVE = "".join(

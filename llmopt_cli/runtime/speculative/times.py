@@ -88,11 +88,12 @@ class Clocks:
     def add_step(self, requests: int, drafted: int, seconds: float) -> None:
         """A step of so many requests, with so many tokens drafted for all of them.
 
-        The first one after one of the other kind is slower, for what it needs is cold: it only tells what is shorter.
+        The first one after one of the other kind is slower, for what it needs is cold: it only tells if it is far
+        shorter than was known.
         """
         known = self.drafted(requests, drafted) if drafted else self.alone(requests)
         alike, self._drafts = bool(drafted) == self._drafts, bool(drafted)
-        if not alike and seconds >= known > 0:
+        if not alike and OUTLIER * seconds >= known > 0:
             return
         if not drafted and self._alone.count(requests) >= SETTLED:
             off = seconds / self.alone(requests)
