@@ -29,7 +29,7 @@ from llmopt_cli.spec.recipe import Batching, Speculation
 from llmopt_cli.spec.result import check_writable
 
 PROMPT, ANSWER = 96, 160  # tokens
-ROUNDS, ENOUGH = 2, 16  # times at most that a pair goes on with other requests, so that there are about so many
+ENOUGH = 16  # requests of a pair: two for each place, or so many, or as many as there are places
 TURN = 0.01  # seconds of one engine before the other has its turn
 Parts = tuple[Checkpoint, Tokenizer, LoadedModel, LoadedModel]
 REPETITIVE = "".join(
@@ -49,7 +49,7 @@ def pieces(text: str, tokenizer: Tokenizer) -> Iterator[list[int]]:
 
 
 def race(engines: Sequence[Engine], prompts: Sequence[list[int]]) -> list[float]:
-    """Output tokens a second of each engine that answers all `prompts` together, some milliseconds of each in turns."""
+    """Output tokens a second of each engine that answers all `prompts`, some milliseconds of each in turns."""
     params = SamplingParams(max_tokens=ANSWER, ignore_eos=True)
     for engine, prompt in itertools.product(engines, prompts):
         engine.add_request(prompt, params)
@@ -121,13 +121,14 @@ def _summary(method: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _compare(parts: Parts, prompts: Iterator[list[int]], asked: Speculation, count: int, pairs: int) -> dict[str, Any]:
     """Turns of `count` requests at once, with drafts as `asked` and without."""
     checkpoint, tokenizer, *models = parts
-    limits = Batching(max_num_seqs=max(2, count), enable_prefix_caching=False, max_model_len=512)
+    limits = Batching(max_num_seqs=count, enable_prefix_caching=False, max_model_len=512)
     plain, drafting = (
         Engine(checkpoint, model, tokenizer, limits, speculation=one)
         for model, one in zip(models, (None, asked), strict=True)
     )
     race((plain, drafting), [next(prompts)])
-    speeds = [_pair((plain, drafting), prompts, count) for _ in range(pairs)]
+    each = max(count, min(2 * count, ENOUGH))
+    speeds = [race((plain, drafting), [next(prompts) for _ in range(each)]) for _ in range(pairs)]
     tally = drafting.stats().speculation
     assert tally is not None
     for engine in (plain, drafting):
@@ -139,12 +140,6 @@ def _compare(parts: Parts, prompts: Iterator[list[int]], asked: Speculation, cou
         "tokens_per_s": statistics.median(drafted for _, drafted in speeds),
         "tokens_per_s_without": statistics.median(alone for alone, _ in speeds),
     }
-
-
-def _pair(engines: Sequence[Engine], prompts: Iterator[list[int]], count: int) -> list[float]:
-    """Output tokens a second of each, as `race` has them, of all rounds together."""
-    rounds = [race(engines, [next(prompts) for _ in range(count)]) for _ in range(max(1, min(ROUNDS, ENOUGH // count)))]
-    return [statistics.harmonic_mean(speeds) for speeds in zip(*rounds, strict=True)]
 
 
 def read_text(path: Path) -> str:
