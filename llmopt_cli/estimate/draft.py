@@ -116,8 +116,10 @@ def _stored(name: str, method: str, target: ModelSpec) -> Checkpoint | None:
         return None
     found = Checkpoint.open(folder)
     if found.heads != method:
-        what = f"{found.heads} heads" if found.heads else "no heads that draft"
-        raise UsageError(f"`{name}` holds {what}, not {method}", "give `--spec-method` as they are")
+        what, hint = "no heads that draft", "make some: `llmopt train-heads MODEL`"
+        if found.heads:
+            what, hint = f"{found.heads} heads, not {method}", f"give the method `{found.heads}`"
+        raise UsageError(f"`{name}` holds {what}", hint)
     hidden = found.config.get("hidden_size", target.hidden_size)
     if hidden != target.hidden_size:
         raise UsageError(f"the heads in `{name}` are for a hidden size of {hidden}, and {target.name} has another")

@@ -78,15 +78,14 @@ class Engine:
         if speculation is not None:
             proposer = make_proposer(speculation, drafter, loaded, self.cache_size, self.batching)
             self.draft_with(proposer, speculation.num_speculative_tokens, speculation.adaptive)
-        self._speculation = speculation
         blocks = BlockPool(self.cache_size.num_blocks)
         self._state = SchedulerState(self.batching, blocks, share_prefixes=batching.enable_prefix_caching)
-        self._loaded, self._seed = loaded, os.urandom(16)  # so that nobody can make up prompts whose hashes meet
+        self._loaded, self._speculation = loaded, speculation
         self._answers = Answers(self._state, tokenizer, self.max_model_len)
         self._journal: Journal | None = None
         self._compiler: GrammarCompiler | None = None
         self._compiling, self._ids = Lock(), itertools.count()
-        self.num_steps = 0
+        self.num_steps, self._seed = 0, os.urandom(16)  # so that nobody can make up prompts whose hashes meet
         self._preemptions = self._prompt_tokens = self._generation_tokens = self._queries = self._hits = 0
 
     @classmethod
@@ -307,8 +306,7 @@ class Engine:
 
     def draft_with(self, proposer: Proposer, most: int, adapt: bool = True) -> None:
         """Let `proposer` draft up to `most` tokens from now on, always that many unless the engine may `adapt`."""
-        if self._speculator:
-            self._speculator.close()
+        assert self._speculator is None, "there is a proposer already"
         self._speculator = Speculator(proposer, most, adapt)
 
     def reset_prefix_cache(self) -> None:

@@ -44,9 +44,8 @@ class Speculator:
         self._unseen: deque[tuple[Sequence[Chunk], Tensor]] = deque()
         self._waiting = 0  # tokens in it
         self._began = self._proposing = 0.0
-        self._spent = self._slept = (
-            0.0  # seconds of all steps; of those in which nobody was asked, since the last count
-        )
+        self._spent = 0.0  # seconds of all steps
+        self._slept = 0.0  # of those in which nobody was asked, since the last count
         self._rest = self._rested = 0  # steps in which nothing is drafted and nobody asked: still, and so far
         self._few = 0.0  # requests left for which that is over
         self._resting = self._refused = False  # refused: of those that were to be drafted for, one was not
