@@ -218,9 +218,9 @@ def test_more_drafts_than_were_seen_take_as_long_as_requests_would() -> None:
 def test_passes_are_timed_by_requests() -> None:
     clocks = Clocks(in_turn=True)
     clocks.add_proposal(1, 4, 2.0)
-    assert clocks.proposing(1, 1) == clocks.proposing(8, 1) == 0.5
-    clocks.add_proposal(8, 2, 2.0)
-    assert clocks.proposing(8, 4) == 4
+    assert clocks.proposing(1, 1) == clocks.proposing(8, 1) == 0.8  # to begin takes as long as a pass
+    clocks.add_proposal(8, 2, 2.4)
+    assert clocks.proposing(8, 4) == pytest.approx(4)
     assert clocks.proposing(1, 4) == 2
 
 

@@ -3,8 +3,9 @@
 Pure arithmetic on acceptance and times; the clock is the caller's. Knows no model, no proposer and no request's text.
 
 A draft of k tokens, each of which stands with chance a, brings a + a^2 + ... + a^k tokens more (Leviathan et al., arXiv
-2211.17192): tokens are taken by the chance that all up to them stand, of all requests together. What a step takes is
-known for every number of tokens that was seen, and so is what proposing takes.
+2211.17192); here each place has its own a, for whoever is right about a token is likelier right about the next. Tokens
+are taken by the chance that all up to them stand, of all requests together. What a step takes is known for every number
+of tokens that was seen, and so is what proposing takes.
 
 Where nothing is drafted, drafts are still proposed now and then and compared with what comes: nobody has to verify them
 to find out that they would stand. What seems worse is tried in earnest, too, as often as may be lost on it: without,
@@ -14,13 +15,16 @@ nobody would notice that times have changed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 from llmopt_cli.runtime.speculative.times import Clocks
 
 MEMORY, MEMORY_OF_ALL = 0.96, 0.98  # of a mean that is kept when something new is measured: a request's, everybody's
 FOUND, AGAIN = 0.97, 0.5  # of whether there is anything to propose: at times, or again and again from now on
-PRIOR = 0.7  # the chance that a first draft stands
+PRIOR, GUESSED = 0.7, 4  # the chance that a token of a first draft stands: as if so many had told
 LOWEST, HIGHEST = 0.02, 0.98  # chances are kept between
 FLOORS = (0.8, 0.6, 0.45, 0.3, 0.2, 0.1)  # a token is drafted if the chance that all up to it stand is at least this
 TRYING, MORE = 0.0015, 0.02  # of the time may be lost on trying what seems worse; more, by how often drafts won lately
@@ -41,10 +45,27 @@ NAP = 64  # steps at most in which nothing is asked
 
 
 @dataclass(slots=True)
-class _Habit:
-    """How often a request's drafted tokens stand, and how much of a draft that was asked for there is, and lately."""
+class _Chance:
+    """How often something was so: the mean of all that `told` where few did, of the latest where many did."""
 
-    stands: float
+    mean: float = PRIOR
+    told: int = GUESSED
+
+    def learn(self, right: float, memory: float, count: int = 1) -> None:
+        """Of `count` more this share was right."""
+        kept = min(memory**count, self.told / (self.told + count))
+        self.mean = _kept(kept * self.mean + (1 - kept) * right)
+        self.told += count
+
+
+@dataclass(slots=True)
+class _Habit:
+    """How often a request's drafted tokens stand where those before do, by place; how much there is of a draft, too.
+
+    Lately, and again and again.
+    """
+
+    stands: list[_Chance]
     found: float
     again: float = 0.0
 
@@ -82,7 +103,7 @@ class Controller:
         self.comparing = False
         self._clocks = clocks
         self._habits: dict[str, _Habit] = {}
-        self._usual = _Habit(PRIOR, 1.0)
+        self._usual = _Habit([_Chance() for _ in range(most)], 1.0)
         self._cap = min(2, most)  # drafts grow while they win
         self._held: dict[str, int] = {}
         self._left = 0  # steps for which what is held still holds
@@ -184,8 +205,8 @@ class Controller:
         for index, name in enumerate(requests):
             habit, standing = self._habits.get(name, self._usual), 1.0
             found = there * habit.likely
-            for _ in range(self._cap):
-                standing *= habit.stands
+            for chance in habit.stands[: self._cap]:
+                standing *= chance.mean
                 if standing < FLOORS[-1]:
                     break
                 places.append((standing, found, index))
@@ -247,17 +268,23 @@ class Controller:
         if not drafted:
             return
         own = self._own(name)
-        self._standing.learn(sum([own.stands ** (place + 1) for place in range(drafted)]), stood)
+        self._standing.learn(sum(accumulate([chance.mean for chance in own.stands[:drafted]], mul)), stood)
         # Comparing is seldom, so that much may have changed since; but those compared at once are of one mind.
         of_all = 1 - (1 - MEMORY) / self._at_once if compared else MEMORY_OF_ALL
         for index in range(min(stood + 1, drafted)):
             for one, memory in ((own, MEMORY), (self._usual, of_all)):
-                one.stands = _kept(memory * one.stands + (1 - memory) * (index < stood))
+                one.stands[index].learn(index < stood, memory)
+        self._news = True
+
+    def recalled(self, name: str, tokens: int, right: int) -> None:
+        """Of so many tokens that came, each as the first of a draft that nobody asked for, `right` would have stood."""
+        for one, memory in ((self._own(name), MEMORY), (self._usual, MEMORY_OF_ALL)):
+            one.stands[0].learn(right / tokens, memory, tokens)
         self._news = True
 
     def _own(self, name: str) -> _Habit:
         """That of a request, from now on."""
-        return self._habits.setdefault(name, _Habit(self._usual.stands, self._usual.found))
+        return self._habits.setdefault(name, _Habit([*map(copy, self._usual.stands)], self._usual.found))
 
     def forget(self, name: str) -> None:
         """A request has ended."""

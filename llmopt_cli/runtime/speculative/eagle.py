@@ -35,6 +35,7 @@ from llmopt_kernels import (
     store_kv,
 )
 
+UNSURE, RECALLED = 4, 24  # first guesses behind a gap that count for nothing, and guesses that are looked at, at most
 KEPT = 512  # hidden states of a request that may wait for their pass: a longer past is left out
 
 
@@ -144,13 +145,17 @@ class _Follower:
 
 
 class _Known(NamedTuple):
-    """A pass over pairs that are known, packed; `ends` are the places of last ones, by request."""
+    """A pass over pairs that are known, packed; `ends` are the places of last ones, by request.
+
+    `past` are places behind which is known already what came.
+    """
 
     tokens: list[int]
     positions: list[int]
     hidden: list[Tensor]
     spans: list[Span]
     ends: dict[str, int]
+    past: dict[str, range]
 
 
 class Eagle:
@@ -183,9 +188,12 @@ class Eagle:
     def propose(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
         """As long as wanted; nothing for those of whose past too much is to run first, or does not fit."""
         wanted = {one.request_id: (one, length) for one, length in zip(requests, lengths, strict=True) if length}
-        names, hidden = self._catch_up(wanted)
+        known = self._known(wanted)
+        found, names = self._run(known), list(known.ends)
         if not names:
             return [Draft()] * len(requests)
+        recalled = self._recall(known, found)
+        hidden = found if len(names) == len(found) else found[indices(known.ends.values(), self._device)]
         tokens = self._layer.likeliest(hidden)
         drafts = {name: [token] for name, token in zip(names, tokens.tolist(), strict=True)}
         for step in range(1, max(wanted[name][1] for name in names)):
@@ -200,11 +208,14 @@ class Eagle:
             tokens = self._layer.likeliest(hidden)
             for name, token in zip(names, tokens.tolist(), strict=True):
                 drafts[name].append(token)
-        return [Draft(tuple(drafts.get(one.request_id, ()))) for one in requests]
+        return [
+            Draft(tuple(drafts.get(one.request_id, ())), recalled=recalled.get(one.request_id, (0, 0)))
+            for one in requests
+        ]
 
-    def _catch_up(self, wanted: Mapping[str, tuple[Request, int]]) -> tuple[list[str], Tensor]:
-        """Run what is known of each. Who is caught up with now, and the guessed states (B, H) of their last tokens."""
-        known = _Known([], [], [], [], {})
+    def _known(self, wanted: Mapping[str, tuple[Request, int]]) -> _Known:
+        """What is known of each, and is to run; who has an end in it is caught up with then."""
+        known = _Known([], [], [], [], {}, {})
         for name, (request, length) in wanted.items():
             follower, left = self._followers.get(name), self._budget - len(known.tokens)
             last = request.num_computed - 1
@@ -219,18 +230,32 @@ class Eagle:
                 known.hidden.append(hidden)
                 known.spans.append(Span(len(places), follower.count, follower.blocks))
                 if places[-1] == last:
-                    known.ends[name] = len(known.tokens) - 1
-        return list(known.ends), self._run(known)
+                    known.ends[name] = end = len(known.tokens) - 1
+                    begin = max(request.num_prompt - 1, places[0] + UNSURE, last - RECALLED)
+                    if begin < last == places[0] + len(places) - 1:
+                        known.past[name] = range(end - last + begin, end)
+        return known
 
     def _run(self, known: _Known) -> Tensor:
-        """One pass; guessed hidden states (B, H) at its `ends`."""
+        """One pass; guessed hidden states (T, H)."""
         if not known.spans:
             return torch.empty(0)
         batch = PagedBatch(known.spans, self._block_size, self._device)
         hidden = torch.cat(known.hidden) if len(known.hidden) > 1 else known.hidden[0]
         tokens, positions = (indices(numbers, self._device) for numbers in (known.tokens, known.positions))
-        found = self._layer(tokens, hidden, positions, batch)
-        return found if len(known.ends) == len(tokens) else found[indices(known.ends.values(), self._device)]
+        return self._layer(tokens, hidden, positions, batch)
+
+    def _recall(self, known: _Known, found: Tensor) -> dict[str, tuple[int, int]]:
+        """Of how many tokens that came it would have guessed how many, by request: (T, H) are `found`."""
+        if not known.past:
+            return {}
+        rows = [row for place in known.past.values() for row in place]
+        guessed = iter(self._layer.likeliest(found[indices(rows, self._device)]).tolist())
+        # A pair leads to the token behind its own, which is that of the next pair.
+        return {
+            name: (len(rows), sum(next(guessed) == known.tokens[row + 1] for row in rows))
+            for name, rows in known.past.items()
+        }
 
     def forget(self, request_id: str) -> None:
         """Drop what was seen of a request, and give back its blocks."""

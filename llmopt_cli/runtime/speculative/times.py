@@ -74,8 +74,8 @@ def _between(low: tuple[int, float], high: tuple[int, float], tokens: int) -> fl
 class Clocks:
     """What was measured: steps alone, by requests; those with drafts, by all tokens in them; proposing, by requests.
 
-    Where tokens are proposed `in_turn`, it is what a pass takes that is measured. All are kept relative to one pace,
-    which follows the steps alone: when a machine becomes slower, everything does.
+    Where tokens are proposed `in_turn`, it is what a pass takes that is measured, and to begin takes one more. All are
+    kept relative to one pace, which follows all steps: when a machine becomes slower, everything does.
     """
 
     in_turn: bool = False
@@ -95,10 +95,11 @@ class Clocks:
         alike, self._drafts = bool(drafted) == self._drafts, bool(drafted)
         if not alike and OUTLIER * seconds >= known > 0:
             return
-        if not drafted and self._alone.count(requests) >= SETTLED:
-            off = seconds / self.alone(requests)
+        times = self._drafted if drafted else self._alone
+        if times.count(requests + drafted) >= SETTLED:
+            off = seconds / known
             self._pace *= min(max(off, 1 / OUTLIER), OUTLIER) ** FOLLOWS
-        (self._drafted if drafted else self._alone).add(requests + drafted, seconds / self._pace)
+        times.add(requests + drafted, seconds / self._pace)
 
     def add_proposal(self, requests: int, longest: int, seconds: float) -> None:
         """For so many requests tokens were proposed, at most `longest` for one."""
@@ -125,4 +126,4 @@ class Clocks:
         return self._proposing.at(requests) * self._passes(longest) * self._pace
 
     def _passes(self, longest: int) -> int:
-        return longest if self.in_turn else 1
+        return longest + 1 if self.in_turn else 1
