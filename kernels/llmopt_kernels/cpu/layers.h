@@ -75,15 +75,13 @@ inline void run_attention(const Step& step, const Layer& l, const bf16* x, Arena
     uint32_t* pairs = a.pairs.data();
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < t; ++row) norm_row(x + row * n, l.norm, normed + row * n, n, l.eps);
-    pack(normed, pairs, t, n);
-    multiply(pairs, l.qkv, l.qkv_bias, qkv, t, width, n);
+    product_of(normed, pairs, l.qkv, l.qkv_bias, qkv, t, width, n);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < t; ++row) place_heads(step, l, qkv + row * width, row);
     const Shape shape{step.queries, l.heads, l.kv_heads, l.dim, l.dim, step.block_size, step.table_width, width, l.window, l.chunk};
     attend_all<bf16, bf16>(qkv, l.k, l.v, nullptr, nullptr, nullptr, nullptr, mixed, step.rows, step.tables,
                            step.lengths, step.requests, shape, l.scale, l.softcap);
-    pack(mixed, pairs, t, mixed_width);
-    multiply(pairs, l.o, l.o_bias, added, t, n, mixed_width);
+    product_of(mixed, pairs, l.o, l.o_bias, added, t, n, mixed_width);
 #pragma omp for schedule(static) nowait  // the norm that comes next gives each thread the same rows
     for (int64_t row = 0; row < t; ++row) add_row(x + row * n, added + row * n, step.out + row * n, n);
 }
@@ -95,15 +93,13 @@ inline void run_mlp(const Step& step, const Layer& l, Arena& a) {
     uint32_t* pairs = a.pairs.data();
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < t; ++row) norm_row(step.out + row * n, l.mlp_norm, normed + row * n, n, l.mlp_eps);
-    pack(normed, pairs, t, n);
-    multiply(pairs, l.gate_up, l.gate_up_bias, gate_up, t, 2 * inner, n);
+    product_of(normed, pairs, l.gate_up, l.gate_up_bias, gate_up, t, 2 * inner, n);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < t; ++row) {
         const bf16* gate = gate_up + row * 2 * inner;
         silu_mul_row(gate, gate + inner, gated + row * inner, inner);
     }
-    pack(gated, pairs, t, inner);
-    multiply(pairs, l.down, l.down_bias, added, t, n, inner);
+    product_of(gated, pairs, l.down, l.down_bias, added, t, n, inner);
 #pragma omp for schedule(static) nowait  // the norm that comes next gives each thread the same rows
     for (int64_t row = 0; row < t; ++row) add_row(step.out + row * n, added + row * n, step.out + row * n, n);
 }

@@ -154,15 +154,66 @@ inline void multiply(const uint32_t* pairs, const bf16* weight, const bf16* bias
         }
 }
 
-// Both, for tens of rows: what is packed is x, weights are read as they lie. k is even.
+constexpr int64_t FEW = 8;  // rows of x for which a product for each output is faster: packed, most lanes are empty
+constexpr int SIDE_BF16 = 4;
+
+// R rows of x times `count` rows of weights, at most SIDE_BF16 -> out (R, n) from its column on. An output's additions
+// come in the same order whatever R and `count`. Unrolled: sums that are indexed would not stay in registers.
+template <int R>
+WITH_BF16 void dots(const bf16* x, const bf16* weight, const bf16* bias, bf16* out, int64_t n, int64_t k,
+                    int64_t count) {
+    constexpr int C = SIDE_BF16;
+    const bf16* rows[C];
+    for (int c = 0; c < C; ++c) rows[c] = weight + std::min<int64_t>(c, count - 1) * k;
+    __m512 sums[R][C] = {};
+    for (int64_t i = 0; i < k; i += 32) {
+        const __mmask32 there = k - i < 32 ? (1u << (k - i)) - 1 : ~0u;
+        __m512bh w[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) w[c] = (__m512bh)_mm512_maskz_loadu_epi16(there, rows[c] + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const __m512bh a = (__m512bh)_mm512_maskz_loadu_epi16(there, x + r * k + i);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], a, w[c]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        const f32x16 row[C] = {(f32x16)sums[r][0], (f32x16)sums[r][1], (f32x16)sums[r][2], (f32x16)sums[r][3]};
+        const f32x4 found = totals(row);
+        for (int c = 0; c < count; ++c) store(out + r * n + c, bias ? found[c] + load(bias[c]) : found[c]);
+    }
+}
+
+// At most FEW rows x (m, k), as it lies, times weight (n, k) transposed. By all threads of the region together.
+inline void multiply_few(const bf16* x, const bf16* weight, const bf16* bias, bf16* out, int64_t m, int64_t n,
+                         int64_t k) {
+#pragma omp for schedule(static)
+    for (int64_t at = 0; at < n; at += SIDE_BF16) {
+        const bf16 *w = weight + at * k, *b = bias ? bias + at : nullptr;
+        const int64_t count = std::min<int64_t>(n - at, SIDE_BF16);
+        int64_t row = 0;
+        for (; row + 4 <= m; row += 4) dots<4>(x + row * k, w, b, out + row * n + at, n, k, count);
+        for (; row + 2 <= m; row += 2) dots<2>(x + row * k, w, b, out + row * n + at, n, k, count);
+        if (row < m) dots<1>(x + row * k, w, b, out + row * n + at, n, k, count);
+    }
+}
+
+// x (m, k) times weight (n, k) transposed, for tens of rows: weights are read as they lie. k is even. `pairs` has
+// packed_size(m, k) numbers. By all threads of the region together.
+inline void product_of(const bf16* x, uint32_t* pairs, const bf16* weight, const bf16* bias, bf16* out, int64_t m,
+                       int64_t n, int64_t k) {
+    if (m <= FEW) return multiply_few(x, weight, bias, out, m, n, k);
+    pack(x, pairs, m, k);
+    multiply(pairs, weight, bias, out, m, n, k);
+}
+
 inline void linear_bf16(const bf16* x, const bf16* weight, const bf16* bias, bf16* out, int64_t m, int64_t n,
                         int64_t k) {
-    std::vector<uint32_t> pairs(packed_size(m, k));
+    std::vector<uint32_t> pairs(m > FEW ? packed_size(m, k) : 0);
 #pragma omp parallel if (m * n * k > 32768)
-    {
-        pack(x, pairs.data(), m, k);
-        multiply(pairs.data(), weight, bias, out, m, n, k);
-    }
+    product_of(x, pairs.data(), weight, bias, out, m, n, k);
 }
 #endif
 
