@@ -23,6 +23,7 @@ from llmopt_cli.errors import UsageError
 from llmopt_cli.model.load import LoadedModel, load_model
 from llmopt_cli.output import Output, error_boundary
 from llmopt_cli.runtime import Engine, SamplingParams
+from llmopt_cli.runtime.stats import Tally
 from llmopt_cli.runtime.tokenizer import Tokenizer
 from llmopt_cli.spec.checkpoint import Checkpoint
 from llmopt_cli.spec.recipe import Batching, Speculation
@@ -30,6 +31,7 @@ from llmopt_cli.spec.result import check_writable
 
 PROMPT, ANSWER = 96, 160  # tokens
 ENOUGH = 16  # requests of a pair: two for each place, or so many, or as many as there are places
+OPENED = 10  # pairs after which the engines are opened anew
 TURN = 0.01  # seconds of one engine before the other has its turn
 Parts = tuple[Checkpoint, Tokenizer, LoadedModel, LoadedModel]
 REPETITIVE = "".join(
@@ -119,27 +121,37 @@ def _summary(method: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _compare(parts: Parts, prompts: Iterator[list[int]], asked: Speculation, count: int, pairs: int) -> dict[str, Any]:
-    """Turns of `count` requests at once, with drafts as `asked` and without."""
+    """Turns of `count` requests at once, with drafts as `asked` and without.
+
+    Both are opened anew in between: where memory lies by chance makes one faster than the other as long as it lives.
+    """
     checkpoint, tokenizer, *models = parts
     limits = Batching(max_num_seqs=count, enable_prefix_caching=False, max_model_len=512)
-    plain, drafting = (
-        Engine(checkpoint, model, tokenizer, limits, speculation=one)
-        for model, one in zip(models, (None, asked), strict=True)
-    )
-    race((plain, drafting), [next(prompts)])
-    each = max(count, min(2 * count, ENOUGH))
-    speeds = [race((plain, drafting), [next(prompts) for _ in range(each)]) for _ in range(pairs)]
-    tally = drafting.stats().speculation
-    assert tally is not None
-    for engine in (plain, drafting):
-        engine.close()
+    each, tallies, speeds = max(count, min(2 * count, ENOUGH)), [], []
+    for start in range(0, pairs, OPENED):
+        models = models[::-1]
+        engines = [
+            Engine(checkpoint, model, tokenizer, limits, speculation=one)
+            for model, one in zip(models, (None, asked), strict=True)
+        ]
+        race(engines, [next(prompts)])
+        speeds += [race(engines, [next(prompts) for _ in range(each)]) for _ in range(min(OPENED, pairs - start))]
+        tallies += [tally for engine in engines if (tally := engine.stats().speculation)]
+        for engine in engines:
+            engine.close()
     return ratio(speeds) | {
-        "tokens_per_step": tally.length,
-        "acceptance": tally.acceptance,
-        "speedup_said": None if math.isnan(tally.speedup) else tally.speedup,
+        "tokens_per_step": _share(tallies, "emitted", "steps"),
+        "acceptance": _share(tallies, "accepted", "tokens"),
+        "speedup_said": _share(tallies, "alone", "seconds"),
         "tokens_per_s": statistics.median(drafted for _, drafted in speeds),
         "tokens_per_s_without": statistics.median(alone for alone, _ in speeds),
     }
+
+
+def _share(tallies: Sequence[Tally], part: str, whole: str) -> float | None:
+    """A total over another one."""
+    over = sum(getattr(tally, whole) for tally in tallies)
+    return sum(getattr(tally, part) for tally in tallies) / over if over else None
 
 
 def read_text(path: Path) -> str:

@@ -23,7 +23,7 @@ from operator import mul
 from llmopt_cli.runtime.speculative.times import Clocks
 
 MEMORY, MEMORY_OF_ALL = 0.96, 0.98  # of a mean that is kept when something new is measured: a request's, everybody's
-FOUND, AGAIN = 0.97, 0.5  # of whether there is anything to propose: at times, or again and again from now on
+FOUND, AGAIN = 0.99, 0.5  # of whether there is anything to propose: at times, or again and again from now on
 PRIOR, GUESSED = 0.7, 4  # the chance that a token of a first draft stands: as if so many had told
 LOWEST, HIGHEST = 0.02, 0.98  # chances are kept between
 FLOORS = (0.8, 0.6, 0.45, 0.3, 0.2, 0.1)  # a token is drafted if the chance that all up to it stand is at least this
@@ -35,7 +35,7 @@ AT_ONCE = 8
 EARNEST = 8  # of so many tries one is in earnest,
 HOPELESS, DESPAIR = 0.7, 0.8  # unless it promises less than so much, or that times a factor for each time it did
 BEGIN, STAY = 1.25, 1.08  # what drafts must promise, where there are none and where there are: the best is overrated
-LESSONS = 8  # steps at first in which one request is drafted for
+LESSONS, LESSON = 40.0, 4  # time at first, in steps without drafts: one request is drafted for, or none, in turns
 TRUTH = 0.98  # of the means that are kept of what drafts promise and bring
 LONGEST = 3.0  # times what was expected that a step with drafts may take: more says nothing of the next
 PAUSED = 10.0  # times a step without drafts: what takes longer was a pause of the machine
@@ -66,13 +66,17 @@ class _Habit:
     """
 
     stands: list[_Chance]
-    found: float
+    found: _Chance
     again: float = 0.0
 
     @property
     def likely(self) -> float:
         """How much of the next draft there will be."""
-        return max(self.found, self.again)
+        return max(self.found.mean, self.again)
+
+    def copy(self) -> _Habit:
+        """That of someone new."""
+        return _Habit([*map(copy, self.stands)], copy(self.found))
 
 
 @dataclass(slots=True)
@@ -103,7 +107,7 @@ class Controller:
         self.comparing = False
         self._clocks = clocks
         self._habits: dict[str, _Habit] = {}
-        self._usual = _Habit([_Chance() for _ in range(most)], 1.0)
+        self._usual = _Habit([_Chance() for _ in range(most)], _Chance(1.0, 1))
         self._cap = min(2, most)  # drafts grow while they win
         self._held: dict[str, int] = {}
         self._left = 0  # steps for which what is held still holds
@@ -131,9 +135,10 @@ class Controller:
         self.comparing, self._clock, self._batch, self._drafting = False, now, batch, False
         if not requests or not self._clocks.knows(batch):
             return [0] * len(requests)  # what it takes without drafts comes first
-        if self._lessons:
-            self._lessons, self._trying = self._lessons - 1, True
-            return [min(COMPARED, self.most), *[0] * (len(requests) - 1)]
+        if self._lessons > 0:
+            self._tries, self._trying = self._tries + 1, True
+            drafted = 0 if self._tries // LESSON % 2 else min(COMPARED, self.most)
+            return [drafted, *[0] * (len(requests) - 1)]
         self._left -= 1
         if self._left < 0 and (self._news or not self._held.keys() >= set(requests)):
             self._decide(requests)
@@ -227,9 +232,10 @@ class Controller:
         alone = self._clocks.alone(requests)
         took = min(alone + proposing if seconds is None else seconds, PAUSED * alone)
         now = self._clock + took
+        self._lessons -= max(1.0, took / alone) if alone else 0.0
         if self._drafting or drafted:
             lost = PAUSE * (self._gain - 1) * alone if self._drafting else took - alone
-            measured = seconds is not None and not self._lessons and self._forecast > 0
+            measured = seconds is not None and self._lessons <= 0 and self._forecast > 0
             if measured and self._drafting != self._trying:  # held, or tried in earnest
                 # Where some numbers of tokens are very dear, steps take longer than with the mean number.
                 self._lasting.learn(1.0, min(took / self._forecast, LONGEST))
@@ -246,7 +252,7 @@ class Controller:
     def rest(self, requests: int) -> int:
         """For how many steps of as many requests nothing is to be drafted, nor anything to be asked."""
         alone = self._clocks.alone(requests)
-        if self._drafting or self._news or self._lessons or not alone:
+        if self._drafting or self._news or self._lessons > 0 or not alone:
             return 0
         return min(NAP, max(0, int((self._try_at - self._clock) / alone)))
 
@@ -259,8 +265,9 @@ class Controller:
         own, share = self._own(name), drafted / asked
         if not self.comparing:
             self._finding.learn(own.likely, share)
-        own.found, own.again = _kept(FOUND * own.found + (1 - FOUND) * share), AGAIN * own.again + (1 - AGAIN) * share
-        self._usual.found = _kept(MEMORY_OF_ALL * self._usual.found + (1 - MEMORY_OF_ALL) * share)
+        own.again = AGAIN * own.again + (1 - AGAIN) * share
+        own.found.learn(share, FOUND)
+        self._usual.found.learn(share, FOUND)
         self._news = self._news or drafted > 0 or not self.comparing
 
     def verified(self, name: str, drafted: int, stood: int, compared: bool = False) -> None:
@@ -284,7 +291,10 @@ class Controller:
 
     def _own(self, name: str) -> _Habit:
         """That of a request, from now on."""
-        return self._habits.setdefault(name, _Habit([*map(copy, self._usual.stands)], self._usual.found))
+        found = self._habits.get(name)
+        if found is None:
+            found = self._habits[name] = self._usual.copy()
+        return found
 
     def forget(self, name: str) -> None:
         """A request has ended."""
