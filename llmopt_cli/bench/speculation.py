@@ -30,7 +30,7 @@ from llmopt_cli.spec.recipe import Batching, Speculation
 from llmopt_cli.spec.result import check_writable
 
 PROMPT, ANSWER = 96, 160  # tokens
-ENOUGH = 16  # requests of a pair: two for each place, or so many, or as many as there are places
+LEAST, ENOUGH = 6, 16  # requests of a pair: two for each place between these, or as many as there are places
 OPENED = 10  # pairs after which the engines are opened anew
 TURN = 0.01  # seconds of one engine before the other has its turn
 Parts = tuple[Checkpoint, Tokenizer, LoadedModel, LoadedModel]
@@ -127,7 +127,7 @@ def _compare(parts: Parts, prompts: Iterator[list[int]], asked: Speculation, cou
     """
     checkpoint, tokenizer, *models = parts
     limits = Batching(max_num_seqs=count, enable_prefix_caching=False, max_model_len=512)
-    each, tallies, speeds = max(count, min(2 * count, ENOUGH)), [], []
+    each, tallies, speeds = max(count, min(max(2 * count, LEAST), ENOUGH)), [], []
     for start in range(0, pairs, OPENED):
         models = models[::-1]
         engines = [

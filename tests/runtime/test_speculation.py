@@ -169,7 +169,7 @@ def test_greedy_answers_are_the_same_whatever_the_controller_does(
     make: Callable[..., Engine], method: str, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It naps, compares, tries in earnest, drafts and pauses, each as often as can be."""
-    for name, value in {"TRYING": 0.5, "NAP": 2, "EARNEST": 2, "LESSONS": 2, "LASTS": 1, "HOPELESS": 0.0}.items():
+    for name, value in {"TRYING": 0.5, "NAP": 2, "EARNEST": 2, "LESSONS": 20, "LASTS": 1, "HOPELESS": 0.0}.items():
         monkeypatch.setattr(f"{Controller.__module__}.{name}", value)
     expected = answers(make(), GREEDY)
     room = blocks * make().cache_size.block_bytes

@@ -35,7 +35,8 @@ AT_ONCE = 8
 EARNEST = 8  # of so many tries one is in earnest,
 HOPELESS, DESPAIR = 0.7, 0.8  # unless it promises less than so much, or that times a factor for each time it did
 BEGIN, STAY = 1.25, 1.08  # what drafts must promise, where there are none and where there are: the best is overrated
-LESSONS, LESSON = 40.0, 4  # time at first, in steps without drafts: one request is drafted for, or none, in turns
+LESSONS, LESSON = 80.0, 4  # time at first, in steps without drafts: one request is drafted for, or none, in turns
+DOUBT = 0.15  # more of the time may be lost on trying, divided by how many drafts told how often they stand
 TRUTH = 0.98  # of the means that are kept of what drafts promise and bring
 LONGEST = 3.0  # times what was expected that a step with drafts may take: more says nothing of the next
 PAUSED = 10.0  # times a step without drafts: what takes longer was a pause of the machine
@@ -136,9 +137,7 @@ class Controller:
         if not requests or not self._clocks.knows(batch):
             return [0] * len(requests)  # what it takes without drafts comes first
         if self._lessons > 0:
-            self._tries, self._trying = self._tries + 1, True
-            drafted = 0 if self._tries // LESSON % 2 else min(COMPARED, self.most)
-            return [drafted, *[0] * (len(requests) - 1)]
+            return self._lesson(requests)
         self._left -= 1
         if self._left < 0 and (self._news or not self._held.keys() >= set(requests)):
             self._decide(requests)
@@ -153,6 +152,14 @@ class Controller:
             self._left, self._trying = 0, True
             return self._try(requests)
         return found
+
+    def _lesson(self, requests: Sequence[str]) -> list[int]:
+        """A draft for one or for none; these end early where drafts seem hopeless."""
+        self._tries, self._trying = self._tries + 1, True
+        if self._tries % (2 * LESSON) == 0 and self._best(requests)[0] < HOPELESS:
+            self._lessons = 0.0
+        drafted = 0 if self._tries // LESSON % 2 else min(COMPARED, self.most)
+        return [drafted, *[0] * (len(requests) - 1)]
 
     def _decide(self, requests: Sequence[str]) -> None:
         """Hold what is best for some steps."""
@@ -258,7 +265,7 @@ class Controller:
 
     def _share(self) -> float:
         """Of the time that may be lost on trying."""
-        return TRYING + MORE * self._lately
+        return TRYING + MORE * self._lately + DOUBT / self._usual.stands[0].told
 
     def proposed(self, name: str, asked: int, drafted: int) -> None:
         """For a request there were so many tokens of those asked for."""
@@ -283,11 +290,13 @@ class Controller:
                 one.stands[index].learn(index < stood, memory)
         self._news = True
 
-    def recalled(self, name: str, tokens: int, right: int) -> None:
-        """Of so many tokens that came, each as the first of a draft that nobody asked for, `right` would have stood."""
-        for one, memory in ((self._own(name), MEMORY), (self._usual, MEMORY_OF_ALL)):
-            one.stands[0].learn(right / tokens, memory, tokens)
-        self._news = True
+    def recalled(self, name: str, places: Sequence[tuple[int, int]]) -> None:
+        """Of drafts that nobody asked for so many tokens would have been judged at each place, and so many stood."""
+        own = self._own(name)
+        for index, (judged, right) in enumerate(places[: self.most]):
+            for one, memory in ((own, MEMORY), (self._usual, MEMORY_OF_ALL)):
+                one.stands[index].learn(right / max(1, judged), memory, judged)
+            self._news = self._news or judged > 0
 
     def _own(self, name: str) -> _Habit:
         """That of a request, from now on."""

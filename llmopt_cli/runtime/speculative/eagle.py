@@ -209,8 +209,7 @@ class Eagle:
             for name, token in zip(names, tokens.tolist(), strict=True):
                 drafts[name].append(token)
         return [
-            Draft(tuple(drafts.get(one.request_id, ())), recalled=recalled.get(one.request_id, (0, 0)))
-            for one in requests
+            Draft(tuple(drafts.get(one.request_id, ())), recalled=recalled.get(one.request_id, ())) for one in requests
         ]
 
     def _known(self, wanted: Mapping[str, tuple[Request, int]]) -> _Known:
@@ -245,15 +244,15 @@ class Eagle:
         tokens, positions = (indices(numbers, self._device) for numbers in (known.tokens, known.positions))
         return self._layer(tokens, hidden, positions, batch)
 
-    def _recall(self, known: _Known, found: Tensor) -> dict[str, tuple[int, int]]:
-        """Of how many tokens that came it would have guessed how many, by request: (T, H) are `found`."""
+    def _recall(self, known: _Known, found: Tensor) -> dict[str, tuple[tuple[int, int]]]:
+        """What `Draft.recalled` is, for first places alone, by request: (T, H) are `found`."""
         if not known.past:
             return {}
         rows = [row for place in known.past.values() for row in place]
         guessed = iter(self._layer.likeliest(found[indices(rows, self._device)]).tolist())
         # A pair leads to the token behind its own, which is that of the next pair.
         return {
-            name: (len(rows), sum(next(guessed) == known.tokens[row + 1] for row in rows))
+            name: ((len(rows), sum([next(guessed) == known.tokens[row + 1] for row in rows])),)
             for name, rows in known.past.items()
         }
 

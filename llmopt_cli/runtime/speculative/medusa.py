@@ -20,6 +20,8 @@ from llmopt_cli.runtime.speculative.heads import MAP, Heads
 from llmopt_cli.runtime.speculative.proposer import Draft
 from llmopt_kernels import argmax, linear
 
+RECALLED, LATELY = 16, 8  # hidden states that are kept of a request, and how many tell that it has not drafted lately
+
 
 class MedusaHeads:
     """The weights, by layer and for all heads together; one output matrix where all have the same.
@@ -73,10 +75,25 @@ class MedusaHeads:
         return x
 
 
+def _recalled(guesses: Sequence[Sequence[int]], request: Request) -> tuple[tuple[int, int], ...]:
+    """What `Draft.recalled` is, from what all heads guess at the places before the one that is drafted from."""
+    tokens = request.token_ids
+    places = len(guesses[0]) if guesses else 0
+    judged, right = [0] * places, [0] * places
+    for back, guess in enumerate(reversed(guesses)):
+        came = tokens[len(tokens) - 1 - back :]
+        for place, (one, other) in enumerate(zip(guess, came, strict=False)):
+            judged[place] += 1
+            if one != other:
+                break
+            right[place] += 1
+    return tuple(zip(judged, right, strict=True))
+
+
 class Medusa:
     """Drafts with Medusa heads: certain drafts, no longer than there are heads."""
 
-    unseen = 1
+    unseen = 32
     in_turn = False
 
     def __init__(self, heads: Heads, loaded: LoadedModel) -> None:
@@ -93,30 +110,44 @@ class Medusa:
                 kept = hidden[end - 1 - chunk.drafts : end]
                 # A view would keep a whole prompt's.
                 kept = kept.clone() if chunk.length > len(kept) else kept
-                self._seen[chunk.request_id] = (chunk.start + chunk.length - len(kept), kept)
+                self._keep(chunk.request_id, chunk.start + chunk.length - len(kept), kept)
             begin = end
+
+    def _keep(self, name: str, start: int, rows: Tensor) -> None:
+        """Those from `start` on; what lies before is kept, too, if it leads there, for a while."""
+        first, before = self._seen.get(name, (0, None))
+        if before is not None and len(rows) == 1 and first + len(before) == start:
+            rows = torch.cat((before, rows))[-RECALLED:]
+            start -= len(rows) - 1
+        self._seen[name] = (start, rows)
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
         """Nothing where the last hidden state was not seen."""
         found = {
-            index: row
+            index: rows
             for index, (request, length) in enumerate(zip(requests, lengths, strict=True))
-            if length and (row := self._row(request)) is not None
+            if length and (rows := self._rows(request)) is not None
         }
+        drafts = [Draft()] * len(requests)
         if not found:
-            return [Draft()] * len(requests)
-        count = min(self._heads.count, max(lengths))
-        rows = list(found.values())
-        tokens = self._heads(torch.cat(rows) if len(rows) > 1 else rows[0], count).tolist()
-        drafts = dict(zip(found, tokens, strict=True))
-        return [Draft(tuple(drafts.get(index, ())[:length])) for index, length in enumerate(lengths)]
+            return drafts
+        count, parts = min(self._heads.count, max(lengths)), list(found.values())
+        tokens = self._heads(torch.cat(parts) if len(parts) > 1 else parts[0], count).tolist()
+        for index, rows in found.items():
+            own, tokens = tokens[: len(rows)], tokens[len(rows) :]
+            drafts[index] = Draft(tuple(own[-1][: lengths[index]]), recalled=_recalled(own[:-1], requests[index]))
+        return drafts
 
-    def _row(self, request: Request) -> Tensor | None:
-        """(1, H) of the token before the last known one, which predicted that."""
+    def _rows(self, request: Request) -> Tensor | None:
+        """(n, H), the last of the token before the last known one, which predicted that; 1 if it drafted lately."""
         start, rows = self._seen.get(request.request_id, (0, None))
-        place = request.num_computed - 1 - start
-        return rows[place : place + 1] if rows is not None and 0 <= place < len(rows) else None
+        end = request.num_computed - start
+        if rows is None or not 0 < end <= len(rows):
+            return None
+        first = max(0, request.num_prompt - 1 - start) if end > LATELY else end - 1
+        self._seen[request.request_id] = (request.num_computed - 1, rows[end - 1 :])
+        return rows[first:end]
 
     def forget(self, request_id: str) -> None:
         """Drop what was seen of a request."""

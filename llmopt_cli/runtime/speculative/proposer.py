@@ -19,13 +19,13 @@ from llmopt_cli.runtime.scheduler import Chunk
 class Draft:
     """Tokens that may come next. `chances` float32 [len(tokens), V] are the distributions they were drawn from.
 
-    None says that each was certain: the proposer draws nothing. `recalled` are how many tokens came since it was asked
-    last that it has looked at, and how many of them it would have guessed.
+    None says that each was certain: the proposer draws nothing. `recalled` tells of drafts that it would have made
+    since it was asked last: for each of their places, how often those before were right, and how often it was, too.
     """
 
     tokens: tuple[int, ...] = ()
     chances: Tensor | None = None
-    recalled: tuple[int, int] = (0, 0)
+    recalled: tuple[tuple[int, int], ...] = ()
 
 
 class Proposer(Protocol):

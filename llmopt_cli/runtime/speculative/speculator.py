@@ -94,8 +94,7 @@ class Speculator:
             self._asked[request.request_id], self._known[request.request_id] = length, request
             if self._controller:
                 self._controller.proposed(request.request_id, length, len(tokens))
-                if draft.recalled[0]:
-                    self._controller.recalled(request.request_id, *draft.recalled)
+                self._controller.recalled(request.request_id, draft.recalled)
             if comparing and tokens:
                 self._guessed[request.request_id] = (request.num_tokens, tokens)
             elif not comparing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect
 from dataclasses import dataclass, field
 
-NEW = 0.1  # weight of something new in a mean, once there is much
+NEW, OFTEN = 0.1, 0.02  # weight of something new in a mean, once there is much: of drafts, of steps alone
 OUTLIER = 1.5  # times the mean: a longer step counts as so long, for machines pause
 SHORTER = 0.5  # weight of a step that is as much shorter: no pause explains that
 COLD = 3  # the first of a kind: of those the shortest counts, for the code and the memory that they need are cold
@@ -18,6 +18,7 @@ PARTS = 8  # of a doubling that are told apart
 class Times:
     """Mean seconds by a number of tokens; large numbers that are nearly the same share a mean."""
 
+    new: float = NEW
     seen: dict[int, float] = field(default_factory=dict)
     _counts: dict[int, int] = field(default_factory=dict)
     _known: list[int] = field(default_factory=list)
@@ -30,7 +31,7 @@ class Times:
             self._known.insert(bisect(self._known, place), place)
             self.seen[place] = seconds
         else:
-            share = max(NEW if OUTLIER * seconds > old else SHORTER, 1 / (count + 1))
+            share = max(self.new if OUTLIER * seconds > old else SHORTER, 1 / (count + 1))
             mean = (1 - share) * old + share * min(seconds, OUTLIER * old)
             self.seen[place] = mean if count >= COLD else min(old, seconds)
         self._counts[place] = count + 1
@@ -79,7 +80,7 @@ class Clocks:
     """
 
     in_turn: bool = False
-    _alone: Times = field(default_factory=Times)
+    _alone: Times = field(default_factory=lambda: Times(OFTEN))  # what changes in them is the pace
     _drafted: Times = field(default_factory=Times)
     _proposing: Times = field(default_factory=Times)
     _pace: float = 1.0
