@@ -176,6 +176,16 @@ def test_what_would_stand_is_found_out_without_verifying() -> None:
     assert world.run(6000, 8) > 1.5
 
 
+def test_what_would_have_stood_is_believed_when_it_is_recalled() -> None:
+    world = World(flat, free, 0.0)
+    world.run(1000, 1)
+    assert world.run(50, 1) < 1.01
+    for _ in range(10):
+        world.controller.recalled("r0", ((24, 24),) * MOST)
+    world.chance = 0.95
+    assert world.run(50, 1) > 1.5
+
+
 def test_times_are_means_with_straight_lines_between() -> None:
     times = Times()
     assert times.at(5) == 0

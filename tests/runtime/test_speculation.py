@@ -15,7 +15,7 @@ from llmopt_cli.runtime import Engine, SamplingParams
 from llmopt_cli.runtime.journal import replay
 from llmopt_cli.runtime.request import Grammar, Request, RequestOutput
 from llmopt_cli.runtime.speculative.controller import Controller
-from llmopt_cli.runtime.speculative.proposer import Draft, Proposer
+from llmopt_cli.runtime.speculative.proposer import Draft, Proposer, Watching
 from llmopt_cli.runtime.stats import Tally
 from llmopt_cli.runtime.tokenizer import Tokenizer
 from llmopt_cli.spec.checkpoint import Checkpoint
@@ -183,6 +183,57 @@ def test_greedy_answers_are_the_same_whatever_the_controller_does(
     assert bool(engine.stats().num_preemptions) == bool(blocks)
     tally = tally_of(engine)
     assert 0 < tally.drafts < tally.steps <= tally.emitted == 3 * len(PROMPTS) * (GREEDY.max_tokens - 1)
+
+
+class Seldom:
+    """Lets heads see everything, but asks them at each `every`-th step alone; keeps what they said, drafts nothing."""
+
+    def __init__(self, heads: Watching, every: int) -> None:
+        self.see, self.forget, self.close, self.unseen, self.in_turn = (
+            *(heads.see, heads.forget, heads.close),
+            *(heads.unseen, heads.in_turn),
+        )
+        self.said: dict[tuple[str, int], Draft] = {}  # by request and how long its text was
+        self._heads, self._every, self._steps = heads, every, 0
+
+    def propose(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
+        self._steps += 1
+        if self._steps % self._every == 0:
+            for request, draft in zip(requests, self._heads.propose(requests, lengths), strict=True):
+                self.said[request.request_id, request.num_tokens] = draft
+        return [Draft()] * len(requests)
+
+
+@pytest.mark.parametrize("method", HEADS)
+def test_heads_recall_what_they_would_have_drafted(make: Callable[..., Engine], method: str) -> None:
+    found = []
+    for every in (1, 12):
+        engine = make(method, replace(SMALL, max_num_batched_tokens=256))
+        assert engine._speculator and engine._speculator._watching
+        seldom = Seldom(engine._speculator._watching, every)
+        engine._speculator._proposer = engine._speculator._watching = seldom
+        texts = {
+            output.request_id: [*prompt, *output.token_ids]
+            for prompt, output in zip(PROMPTS, engine.generate(PROMPTS, GREEDY), strict=True)
+        }
+        found.append(seldom.said)
+    each_time, at_times = found
+    assert not any(draft.recalled for draft in each_time.values()), "they were asked each time"
+    recalled = {place: draft.recalled for place, draft in at_times.items() if draft.recalled}
+    assert len(recalled) > len(PROMPTS)
+    for (name, tokens), places in recalled.items():
+        count = places[0][0]
+        guesses = [each_time[name, length].tokens for length in range(tokens - count, tokens)]
+        text = texts[name][:tokens]
+        for place, (judged, right) in enumerate(places):
+            before = [
+                (guess, text[start:])
+                for start, guess in enumerate(guesses, tokens - count)
+                if len(text) - start > place and list(guess[:place]) == text[start : start + place]
+            ]
+            assert judged == len(before)
+            assert right == sum(guess[place] == came[place] for guess, came in before)
+    assert sum(places[0][1] for places in recalled.values()) > 10
 
 
 def test_drafts_take_no_blocks_from_anyone(make: Callable[..., Engine]) -> None:

@@ -37,7 +37,7 @@ HOPELESS, DESPAIR = 0.7, 0.8  # unless it promises less than so much, or that ti
 BEGIN, STAY = 1.25, 1.08  # what drafts must promise, where there are none and where there are: the best is overrated
 LESSONS, LESSON = 80.0, 4  # time at first, in steps without drafts: one request is drafted for, or none, in turns
 DOUBT = 0.15  # more of the time may be lost on trying, divided by how many drafts told how often they stand
-TRUTH = 0.98  # of the means that are kept of what drafts promise and bring
+TRUTH = 0.995  # of the means that are kept of what drafts promise and bring
 LONGEST = 3.0  # times what was expected that a step with drafts may take: more says nothing of the next
 PAUSED = 10.0  # times a step without drafts: what takes longer was a pause of the machine
 PAUSE = 3  # steps without drafts where some win: the first one is slower, whatever comes after something else is
@@ -205,7 +205,7 @@ class Controller:
                 standing, found, index = places[end]
                 brought, drafted, end = brought + standing * found, drafted + found, end + 1
                 lengths[index] += 1
-            seconds = self._seconds(max(1, round(drafted)), lengths)
+            seconds = self._seconds(drafted, lengths)
             rate = (batch + self._standing.share() * brought) / (self._lasting.share(1.0, LONGEST) * seconds)
             if end and rate > best:
                 best, taken, self._forecast = rate, lengths.copy(), seconds
@@ -225,10 +225,12 @@ class Controller:
         places.sort(reverse=True)
         return places
 
-    def _seconds(self, drafted: int, lengths: Sequence[int]) -> float:
-        """A step takes with as many tokens drafted, of so many asked for each request."""
-        step = max(self._clocks.alone(self._batch), self._clocks.drafted(self._batch, drafted))
-        return step + self._clocks.proposing(len(lengths) - lengths.count(0), max(lengths))
+    def _seconds(self, drafted: float, lengths: Sequence[int]) -> float:
+        """A step takes in the mean with so many tokens drafted, of so many asked for each request."""
+        alone, asked = self._clocks.alone(self._batch), len(lengths) - lengths.count(0)
+        tokens = max(lengths) if asked == 1 else max(1, round(drafted))  # one request gets all of them or none
+        more = max(0.0, self._clocks.drafted(self._batch, tokens) - alone)
+        return alone + min(1.0, drafted / tokens) * more + self._clocks.proposing(asked, max(lengths))
 
     def stepped(self, requests: int, drafted: int, seconds: float | None, proposing: float) -> None:
         """A step of so many requests, with `drafted` tokens beside theirs, took so long, of that `proposing`.

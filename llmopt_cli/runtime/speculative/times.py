@@ -43,12 +43,13 @@ class Times:
     def at(self, tokens: int, start: tuple[int, float] | None = None) -> float:
         """What it takes. Where nothing larger was seen the line from the smallest on goes on; it may `start` elsewhere.
 
-        No more than what alone is known, nothing where nothing is: nobody tries what is expected to be dear.
+        What is alone known is all that is expected, nothing where nothing is: nobody tries what is expected to be dear.
+        And more tokens never take less.
         """
         place, known = bucket(tokens), self._known
-        if place in self.seen:
-            return self.seen[place]
         index = bisect(known, place)
+        if place in self.seen:
+            return min([self.seen[one] for one in known[index - 1 :]])
         points = [(one, self.seen[one]) for one in known]
         below = max([*points[:index], *([start] if start and start[0] <= tokens else [])], default=None)
         if below is None:
