@@ -34,6 +34,11 @@ class Tally:
             for place in range(stood):
                 self.stood[place] += 1
 
+    def add_plain(self, requests: int) -> None:
+        """One more step of so many requests, without drafts."""
+        self.steps += requests
+        self.emitted += requests
+
     @property
     def accepted(self) -> int:
         """Drafted tokens that stood."""

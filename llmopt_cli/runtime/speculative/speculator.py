@@ -154,8 +154,7 @@ class Speculator:
         """After a step: what became of the drafts, and how long it took, if all that ran were decoding."""
         decoded = [one for one in outputs if len(one.token_ids) > one.num_new_tokens]  # a prompt's last token is none
         if self._resting:
-            self.tally.steps += len(decoded)
-            self.tally.emitted += len(decoded)
+            self.tally.add_plain(len(decoded))
             return
         whole, drafted = time.perf_counter() - self._began, 0
         self._spent += whole
@@ -164,8 +163,7 @@ class Speculator:
             drafted = sum(drafts.values())
             self._count(drafts, decoded)
         else:
-            self.tally.steps += len(decoded)
-            self.tally.emitted += len(decoded)
+            self.tally.add_plain(len(decoded))
         caught_up = self._ready.issuperset(self._asked)  # else there was more to do, and less for those left out
         if self._asked and caught_up and not (self._clocks.in_turn and self._refused):
             self._clocks.add_proposal(len(self._asked), max(self._asked.values()), self._proposing)
