@@ -310,8 +310,10 @@ class Engine:
         self._speculator = Speculator(proposer, most, adapt)
 
     def reset_prefix_cache(self) -> None:
-        """Forget what earlier requests left in the cache."""
+        """Forget what earlier requests left in the cache, and to whoever drafts."""
         self._state.blocks.forget()
+        if self._speculator:
+            self._speculator.forget_ended()
         if self._journal:
             self._journal.forget()
 

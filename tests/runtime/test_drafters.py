@@ -103,6 +103,8 @@ def test_who_begins_like_another_is_caught_up_with_at_once(drafts: Callable[...,
         for name in "bcd":
             one.forget(name)
         one._room.check_integrity([])
+        one.forget_ended()
+        assert not one.propose([request("e", [*TEXT[:36], 8])], [3])[0].tokens
 
 
 @torch.inference_mode()

@@ -83,6 +83,9 @@ def test_answers_that_ended_help_others_but_not_across_a_salt() -> None:
         [request([9, 2, 3], "a"), request([9, 11, 12], "b"), request([9, 2, 3], "c", "x")], [4] * 3
     )
     assert [draft.tokens for draft in drafts] == [(4, 5, 6), (), ()]
+    proposer.forget_ended()
+    drafts = proposer.propose([request([9, 2, 3], "a"), request([9, 2, 3], "d")], [4] * 2)
+    assert [draft.tokens for draft in drafts] == [(), ()]
 
 
 def test_what_is_remembered_is_bounded() -> None:
@@ -94,6 +97,8 @@ def test_what_is_remembered_is_bounded() -> None:
     assert sum(len(one.text) for one in proposer._others.values()) < 150
     [draft] = proposer.propose([request([156, 157], "new")], [4])
     assert draft.tokens[: FEWEST - 1] == (158,)
+    proposer.forget_ended()
+    assert proposer.propose([request([156, 157], "newer")], [4])[0].tokens == ()
 
 
 @given(TEXTS.filter(bool), st.integers(1, 5))

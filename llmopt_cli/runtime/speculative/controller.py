@@ -36,7 +36,7 @@ EARNEST = 8  # of so many tries one is in earnest,
 HOPELESS, DESPAIR = 0.7, 0.8  # unless it promises less than so much, or that times a factor for each time it did
 BEGIN, STAY = 1.25, 1.08  # what drafts must promise, where there are none and where there are: the best is overrated
 LESSONS, LESSON = 80.0, 4  # time at first, in steps without drafts: one request is drafted for, or none, in turns
-DOUBT = 0.05  # more of the time may be lost on trying, divided by how many drafts told how often they stand
+DOUBT = 0.1  # more of the time may be lost on trying, divided by how many drafts told how often they stand
 TRUTH = 0.995  # of the means that are kept of what drafts promise and bring
 LONGEST = 3.0  # times what was expected that a step with drafts may take: more says nothing of the next
 PAUSED = 10.0  # times a step without drafts: what takes longer was a pause of the machine
@@ -116,7 +116,7 @@ class Controller:
         self._drafting = False  # whether what is held is to draft, for any of those that run
         self._try_at = 0.0  # when what seems worse is tried again
         self._lessons = LESSONS
-        self._tries = self._turn = 0
+        self._tries = self._turn = self._earnest = 0  # the last: steps that are left of a try in earnest
         self._at_once = 1  # requests that were compared, the last time
         self._compared = 0.0  # seconds that it took to compare, the last time
         self._lately = 0.0  # how much was drafted, 0 to 1
@@ -148,7 +148,7 @@ class Controller:
             self._pause = (self._pause or PAUSE) - 1
             self._news, self._trying = self._pause == 0, True
             return [0] * len(found)
-        if not self._drafting and now >= self._try_at:
+        if not self._drafting and (self._earnest or now >= self._try_at):
             self._left, self._trying = 0, True
             return self._try(requests)
         return found
@@ -168,6 +168,7 @@ class Controller:
         if self._gain < (STAY if drafted else BEGIN):
             self._gain, lengths = 1.0, [0] * len(requests)
         if drafted != any(lengths):  # something else is to be tried from now on
+            self._earnest = 0
             alone = self._clocks.alone(self._batch)
             lost = self._compared if drafted else PAUSE * (self._gain - 1) * alone
             self._try_at = self._clock + max(lost, LEAST * alone) / self._share()
@@ -178,11 +179,15 @@ class Controller:
 
     def _try(self, requests: Sequence[str]) -> list[int]:
         """Drafts where none seem best."""
+        if self._earnest:
+            self._earnest -= 1
+            return self._best(requests)[1]
         self._tries += 1
         if self._tries % EARNEST == 0:
             promised, best = self._best(requests)
             self._hopeless = HOPELESS if promised > self._hopeless else DESPAIR * self._hopeless
             if self._hopeless == HOPELESS:
+                self._earnest = LESSON - 1  # the first step does not tell how long they take
                 return best
         self.comparing = True
         count, length, spare = len(requests), min(COMPARED, self.most), self._clocks.alone(self._batch)
@@ -248,8 +253,11 @@ class Controller:
             if measured and self._drafting != self._trying:  # held, or tried in earnest
                 # Where some numbers of tokens are very dear, steps take longer than with the mean number.
                 self._lasting.learn(1.0, min(took / self._forecast, LONGEST))
-            if self._trying or not drafted:
-                self._try_at = max(self._try_at, now + max(lost, LEAST * alone) / self._share())
+            pause = max(lost, LEAST * alone) / self._share()
+            if self._drafting and (self._trying or not drafted):
+                self._try_at = max(self._try_at, now + pause)
+            elif not self._drafting and self._lessons <= 0:
+                self._try_at = max(self._try_at, now) + pause
         elif self.comparing:
             self._compared = min(proposing, max(PAUSED * alone, 2 * self._compared))
             self._try_at = max(self._try_at, now) + max(self._compared, LEAST * alone) / self._share()

@@ -156,6 +156,10 @@ class DraftModel:
         if follower is not None:
             self._room.give_back(follower.request.blocks)
 
+    def forget_ended(self) -> None:
+        """Let nobody begin with what another has left in the cache."""
+        self._room.pool.forget()
+
     def close(self) -> None:
         """Let go of the cache."""
         self._followers.clear()

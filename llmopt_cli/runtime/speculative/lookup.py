@@ -151,6 +151,11 @@ class Suffix:
         if matched is not None and not matched.request.params.cache_salt:
             self._ended.extend((*matched.request.token_ids, SEPARATOR))
 
+    def forget_ended(self) -> None:
+        """Forget the texts of all that have ended."""
+        self._ended.clear()
+        self._others = {max(self._others) + 1: Automaton()}
+
     def _remember(self) -> None:
         """Some more of what has ended."""
         newest = max(self._others)

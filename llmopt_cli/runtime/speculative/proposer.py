@@ -55,3 +55,12 @@ class Watching(Proposer, Protocol):
     def see(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
         """What the output head read in a step, (T, H), chunk after chunk, before any of it is verified."""
         ...
+
+
+@runtime_checkable
+class Remembering(Proposer, Protocol):
+    """One that keeps something of requests that have ended."""
+
+    def forget_ended(self) -> None:
+        """Forget all of that."""
+        ...

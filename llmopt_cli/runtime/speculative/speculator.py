@@ -17,7 +17,7 @@ from llmopt_cli.runtime.live import Live
 from llmopt_cli.runtime.request import Request, RequestOutput
 from llmopt_cli.runtime.scheduler import Chunk
 from llmopt_cli.runtime.speculative.controller import Controller
-from llmopt_cli.runtime.speculative.proposer import Proposer, Watching
+from llmopt_cli.runtime.speculative.proposer import Proposer, Remembering, Watching
 from llmopt_cli.runtime.speculative.times import Clocks
 from llmopt_cli.runtime.stats import Tally
 
@@ -194,6 +194,11 @@ class Speculator:
             self._slept = 0.0
         if self._controller:
             self._controller.stepped(requests, drafted, whole, self._proposing)
+
+    def forget_ended(self) -> None:
+        """Forget what requests that ended have left; what was learnt about drafting stays."""
+        if isinstance(self._proposer, Remembering):
+            self._proposer.forget_ended()
 
     def close(self) -> None:
         """Let go of what the proposer holds."""
