@@ -249,6 +249,20 @@ def test_when_a_machine_becomes_slower_everything_does() -> None:
     assert clocks.proposing(8, 1) == pytest.approx(3, rel=0.25)
 
 
+def test_a_pace_that_is_uneven_does_not_drift_from_the_times() -> None:
+    """Where pauses are long and haste is short, means of ratios and of differences are not the same."""
+    clocks, random = Clocks(), Random(1)
+    for drafted in (0, 4):
+        for _ in range(30):
+            clocks.add_step(1, drafted, 1.0 + drafted / 4)
+    for _ in range(20_000):
+        clocks.add_step(1, 0, 1.0 + 2 * random.random() ** 4)
+    assert clocks.drafted(1, 4) == pytest.approx(2 * clocks.alone(1), rel=0.1)
+    for _ in range(20_000):
+        clocks.add_step(1, 4, 2.0 + 4 * random.random() ** 4)
+    assert clocks.drafted(1, 4) == pytest.approx(2 * clocks.alone(1), rel=0.1)
+
+
 def test_no_draft_is_longer_than_asked_for() -> None:
     world, asked = World(flat, free, 0.9), []
     world.controller = Controller(1, world.clocks)

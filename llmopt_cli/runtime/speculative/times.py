@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect
 from dataclasses import dataclass, field
 
-NEW, OFTEN = 0.1, 0.02  # weight of something new in a mean, once there is much: of drafts, of steps alone
+NEW, OFTEN = 0.05, 0.02  # weight of something new in a mean, once there is much: of drafts, of steps alone
 OUTLIER = 1.5  # times the mean: a longer step counts as so long, for machines pause
-SHORTER = 0.5  # weight of a step that is as much shorter: no pause explains that
+SHORTER = 0.5  # weight of a step that is as much shorter, where there is not much: no pause explains that
 COLD = 3  # the first of a kind: of those the shortest counts, for the code and the memory that they need are cold
-SETTLED = 10  # means of so many can tell that the pace has changed,
-FOLLOWS = 0.2  # and it follows by this power of what is off
+SETTLED = 10  # means of so many can tell that the pace has changed: both follow by a power of what is off, the pace
+FOLLOWS = 0.2  # by this one; if one followed differences and the other ratios, they would drift apart for ever
 PARTS = 8  # of a doubling that are told apart
 
 
@@ -30,6 +31,8 @@ class Times:
         if old is None:
             self._known.insert(bisect(self._known, place), place)
             self.seen[place] = seconds
+        elif count >= SETTLED:
+            self.seen[place] = old * followed(seconds / old, self.new)
         else:
             share = max(self.new if OUTLIER * seconds > old else SHORTER, 1 / (count + 1))
             mean = (1 - share) * old + share * min(seconds, OUTLIER * old)
@@ -60,6 +63,11 @@ class Times:
         if first[0] >= below[0]:
             return below[1]
         return below[1] + max(0.0, (below[1] - first[1]) / (below[0] - first[0])) * (tokens - below[0])
+
+
+def followed(off: float, power: float) -> float:
+    """What something that is off by so much is to be multiplied by."""
+    return math.exp(power * math.log(min(max(off, 1 / OUTLIER), OUTLIER)))
 
 
 def bucket(tokens: int) -> int:
@@ -97,11 +105,11 @@ class Clocks:
         alike, self._drafts = bool(drafted) == self._drafts, bool(drafted)
         if not alike and OUTLIER * seconds >= known > 0:
             return
-        times = self._drafted if drafted else self._alone
-        if times.count(requests + drafted) >= SETTLED:
-            off = seconds / known
-            self._pace *= min(max(off, 1 / OUTLIER), OUTLIER) ** FOLLOWS
-        times.add(requests + drafted, seconds / self._pace)
+        times, tokens = (self._drafted if drafted else self._alone), requests + drafted
+        relative = seconds / self._pace
+        if times.count(tokens) >= SETTLED:
+            self._pace *= followed(relative / times.seen[bucket(tokens)], FOLLOWS)
+        times.add(tokens, relative)
 
     def add_proposal(self, requests: int, longest: int, seconds: float) -> None:
         """For so many requests tokens were proposed, at most `longest` for one."""
