@@ -139,6 +139,7 @@ def _compare(parts: Parts, prompts: Iterator[list[int]], asked: Speculation, cou
         tallies += [tally for engine in engines if (tally := engine.stats().speculation)]
         for engine in engines:
             engine.close()
+        del engine, engines  # a draft model's weights are not to be there twice
     return ratio(speeds) | {
         "tokens_per_step": _share(tallies, "emitted", "steps"),
         "acceptance": _share(tallies, "accepted", "tokens"),

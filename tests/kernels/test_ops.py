@@ -101,7 +101,7 @@ def test_rows_of_a_product_do_not_depend_on_each_other(
     ("count", "rows", "width"),
     [
         *[(1, 12, 32), (2, 3, 2), (3, 17, 66), (5, 30, 70), (6, 9, 30), (8, 100, 256)],
-        *[(9, 13, 64), (16, 25, 34), (33, 100, 256), (64, 7, 2)],
+        *[(10, 13, 64), (16, 25, 34), (33, 100, 256), (64, 7, 2)],
     ],
 )
 def test_product_of_few_rows_equals_its_formula(count: int, rows: int, width: int, use_bias: bool) -> None:

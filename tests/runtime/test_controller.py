@@ -31,6 +31,7 @@ class World:
         self.now = self.seconds = self.tokens = 0.0
         self.looking = 0.002  # seconds that it takes to look at a request
         self.rest = 0
+        self.found = 1.0  # of what was asked for
         self.lifetime = 0  # steps after which one request makes way for another, if they do
         self.asked = 0  # steps in which requests were looked at
 
@@ -47,20 +48,21 @@ class World:
             lengths = [0] * requests if asleep else self.controller.lengths(names, requests, self.now)
             comparing = not asleep and self.controller.comparing
             brought = 0
-            for name, length in zip(names, lengths, strict=True):
+            found = [int(length * self.found) for length in lengths]
+            for name, asked, length in zip(names, lengths, found, strict=True):
                 stood = next((place for place in range(length) if self.random.random() > self.chance), length)
-                if length:
-                    self.controller.proposed(name, length, length)
+                if asked:
+                    self.controller.proposed(name, asked, length)
                     self.controller.verified(name, length, stood, comparing)
                 brought += 0 if comparing else stood
             self.tokens += requests + brought
-            self.spend(requests, lengths, comparing, asleep)
+            self.spend(requests, lengths, comparing, asleep, sum(found))
         return self.tokens / self.seconds * self.step(requests) / requests
 
-    def spend(self, requests: int, lengths: Sequence[int], comparing: bool, asleep: bool) -> None:
+    def spend(self, requests: int, lengths: Sequence[int], comparing: bool, asleep: bool, found: int) -> None:
         """The time of a step, and what there is to learn from it."""
         proposed = sum(lengths)
-        drafted = 0 if comparing else proposed
+        drafted = 0 if comparing else found
         amount = max(lengths) if self.clocks.in_turn else proposed
         running = self.step(requests + drafted) * (1 + self.noise * self.random.uniform(-1, 1))
         proposing = 0.0 if asleep else self.looking * requests + (self.propose(amount) if proposed else 0.0)
@@ -204,6 +206,20 @@ def test_times_are_means_with_straight_lines_between() -> None:
     assert times.at(4) < 2.2
 
 
+def test_more_never_takes_less() -> None:
+    times = Times()
+    for tokens, seconds in ((4, 10.0), (8, 5.0)):
+        times.add(tokens, seconds)
+    assert [times.at(tokens) for tokens in (3, 4, 6, 8)] == [5.0] * 4
+
+
+def test_where_nothing_is_found_hardly_anything_is_looked_at() -> None:
+    world = World(flat, free, 0.9)
+    world.found = 0.0
+    assert world.run(3000, 4) > 0.98
+    assert world.asked < 700
+
+
 def test_the_first_times_are_cold_and_the_shortest_of_them_counts() -> None:
     times = Times()
     for seconds in (9.0, 2.0, 2.5):
@@ -268,7 +284,7 @@ def test_no_draft_is_longer_than_asked_for() -> None:
     world.controller = Controller(1, world.clocks)
     for step in range(30):
         asked += world.controller.lengths(["a"], 1, float(step))
-        world.spend(1, asked[-1:], comparing=False, asleep=False)
+        world.spend(1, asked[-1:], comparing=False, asleep=False, found=asked[-1])
     assert set(asked) == {0, 1}
 
 

@@ -15,6 +15,7 @@ from llmopt_cli.runtime import Engine, SamplingParams
 from llmopt_cli.runtime.journal import replay
 from llmopt_cli.runtime.request import Grammar, Request, RequestOutput
 from llmopt_cli.runtime.speculative.controller import Controller
+from llmopt_cli.runtime.speculative.lookup import Suffix
 from llmopt_cli.runtime.speculative.proposer import Draft, Proposer, Watching
 from llmopt_cli.runtime.stats import Tally
 from llmopt_cli.runtime.tokenizer import Tokenizer
@@ -187,6 +188,20 @@ def test_greedy_answers_are_the_same_whatever_the_controller_does(
     assert 0 < tally.drafts < tally.steps <= tally.emitted == 3 * len(PROMPTS) * (GREEDY.max_tokens - 1)
 
 
+def test_a_reset_reaches_what_suffixes_remember(make: Callable[..., Engine]) -> None:
+    engine = make("suffix")
+    answers(engine, GREEDY)
+    engine.reset_prefix_cache()
+    engine.add_request(PROMPTS[0], GREEDY)
+    for _ in range(4):
+        engine.step()
+    assert engine._speculator
+    suffix = engine._speculator._proposer
+    assert isinstance(suffix, Suffix)
+    assert not suffix._ended
+    assert not any(other.text for other in suffix._others.values())
+
+
 class Seldom:
     """Lets heads see everything, but asks them at each `every`-th step alone; keeps what they said, drafts nothing."""
 
@@ -226,6 +241,7 @@ def test_heads_recall_what_they_would_have_drafted(make: Callable[..., Engine], 
     assert len(recalled) > len(PROMPTS)
     for (name, tokens), places in recalled.items():
         count = places[0][0]
+        assert tokens - count > max([length for one, length in at_times if one == name and length < tokens], default=0)
         guesses = [each_time[name, length].tokens for length in range(tokens - count, tokens)]
         text = texts[name][:tokens]
         for place, (judged, right) in enumerate(places):

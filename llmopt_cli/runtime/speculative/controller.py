@@ -36,7 +36,7 @@ EARNEST = 8  # of so many tries one is in earnest,
 HOPELESS, DESPAIR = 0.7, 0.8  # unless it promises less than so much, or that times a factor for each time it did
 BEGIN, STAY = 1.25, 1.08  # what drafts must promise, where there are none and where there are: the best is overrated
 LESSONS, LESSON = 80.0, 4  # time at first, in steps without drafts: one request is drafted for, or none, in turns
-DOUBT = 0.1  # more of the time may be lost on trying, divided by how many drafts told how often they stand
+DOUBT = 0.1  # more of the time may be lost on trying, divided by how much has told what drafts are worth
 TRUTH = 0.995  # of the means that are kept of what drafts promise and bring
 LONGEST = 3.0  # times what was expected that a step with drafts may take: more says nothing of the next
 PAUSED = 10.0  # times a step without drafts: what takes longer was a pause of the machine
@@ -156,7 +156,8 @@ class Controller:
     def _lesson(self, requests: Sequence[str]) -> list[int]:
         """A draft for one or for none; these end early where drafts seem hopeless."""
         self._tries, self._trying = self._tries + 1, True
-        if self._tries % (2 * LESSON) == 0 and self._best(requests)[0] < HOPELESS:
+        known = self._tries % (2 * LESSON) == 0 and self._clocks.proposing(1, 1)
+        if known and self._best(requests)[0] < HOPELESS:
             self._lessons = 0.0
         drafted = 0 if self._tries // LESSON % 2 else min(COMPARED, self.most)
         return [drafted, *[0] * (len(requests) - 1)]
@@ -246,7 +247,6 @@ class Controller:
         alone = self._clocks.alone(requests)
         took = min(alone + proposing if seconds is None else seconds, PAUSED * alone)
         now = self._clock + took
-        self._lessons -= max(1.0, took / alone) if alone else 0.0
         if self._drafting or drafted:
             lost = PAUSE * (self._gain - 1) * alone if self._drafting else took - alone
             measured = seconds is not None and self._lessons <= 0 and self._forecast > 0
@@ -258,10 +258,12 @@ class Controller:
                 self._try_at = max(self._try_at, now + pause)
             elif not self._drafting and self._lessons <= 0:
                 self._try_at = max(self._try_at, now) + pause
-        elif self.comparing:
+        elif self.comparing or (self._trying and self._lessons <= 0):  # or there was nothing to propose
             self._compared = min(proposing, max(PAUSED * alone, 2 * self._compared))
             self._try_at = max(self._try_at, now) + max(self._compared, LEAST * alone) / self._share()
         self._news = self._news or bool(drafted)
+        if self._trying and self._lessons > 0:
+            self._lessons -= max(1.0, took / alone)
         self._trying = False
         if not self._clocks.proposing(1, 1):
             self._try_at = 0.0  # the first time there was more to do: once more
@@ -275,7 +277,7 @@ class Controller:
 
     def _share(self) -> float:
         """Of the time that may be lost on trying."""
-        return TRYING + MORE * self._lately + DOUBT / self._usual.stands[0].told
+        return TRYING + MORE * self._lately + DOUBT / max(self._usual.stands[0].told, self._usual.found.told)
 
     def proposed(self, name: str, asked: int, drafted: int) -> None:
         """For a request there were so many tokens of those asked for."""

@@ -35,7 +35,7 @@ from llmopt_kernels import (
     store_kv,
 )
 
-UNSURE, RECALLED = 4, 24  # first guesses behind a gap that count for nothing, and guesses that are looked at, at most
+UNSURE, RECALLED = 4, 24  # first guesses of a pass that count for nothing, and guesses that are looked at, at most
 KEPT = 512  # hidden states of a request that may wait for their pass: a longer past is left out
 
 
@@ -108,6 +108,7 @@ class _Follower:
     blocks: list[int] = field(default_factory=list)
     count: int = 0
     next: int = 0
+    asked: int = 0  # tokens that were drafted last
     rows: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def see(self, start: int, hidden: Tensor) -> None:
@@ -230,7 +231,9 @@ class Eagle:
                 known.spans.append(Span(len(places), follower.count, follower.blocks))
                 if places[-1] == last:
                     known.ends[name] = end = len(known.tokens) - 1
-                    begin = max(request.num_prompt - 1, places[0] + UNSURE, last - RECALLED)
+                    skipped = max(UNSURE, follower.asked)  # what was drafted has been judged
+                    begin = max(request.num_prompt - 1, places[0] + skipped, last - RECALLED)
+                    follower.asked = length
                     if begin < last == places[0] + len(places) - 1:
                         known.past[name] = range(end - last + begin, end)
         return known

@@ -93,7 +93,7 @@ def _recalled(guesses: Sequence[Sequence[int]], request: Request) -> tuple[tuple
 class Medusa:
     """Drafts with Medusa heads: certain drafts, no longer than there are heads."""
 
-    unseen = 32
+    unseen = 32  # of all requests together: many recall nothing, but then many are compared
     in_turn = False
 
     def __init__(self, heads: Heads, loaded: LoadedModel) -> None:
@@ -145,8 +145,10 @@ class Medusa:
         end = request.num_computed - start
         if rows is None or not 0 < end <= len(rows):
             return None
-        first = max(0, request.num_prompt - 1 - start) if end > LATELY else end - 1
-        self._seen[request.request_id] = (request.num_computed - 1, rows[end - 1 :])
+        first = end - 1
+        if end > max(LATELY, self._heads.count + 1):
+            first = max(1, request.num_prompt - 1 - start)  # it may have drafted from that at 0
+        self._seen[request.request_id] = (request.num_computed - 1, rows[end - 1 : end])
         return rows[first:end]
 
     def forget(self, request_id: str) -> None:

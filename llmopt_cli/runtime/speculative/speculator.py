@@ -197,6 +197,7 @@ class Speculator:
 
     def forget_ended(self) -> None:
         """Forget what requests that ended have left; what was learnt about drafting stays."""
+        self._forget(self._live)
         if isinstance(self._proposer, Remembering):
             self._proposer.forget_ended()
 

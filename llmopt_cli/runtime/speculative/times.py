@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 NEW, OFTEN = 0.05, 0.02  # weight of something new in a mean, once there is much: of drafts, of steps alone
 OUTLIER = 1.5  # times the mean: a longer step counts as so long, for machines pause
@@ -51,9 +52,10 @@ class Times:
         """
         place, known = bucket(tokens), self._known
         index = bisect(known, place)
+        least = [*accumulate((self.seen[one] for one in reversed(known)), min)][::-1]
         if place in self.seen:
-            return min([self.seen[one] for one in known[index - 1 :]])
-        points = [(one, self.seen[one]) for one in known]
+            return least[index - 1]
+        points = list(zip(known, least, strict=True))
         below = max([*points[:index], *([start] if start and start[0] <= tokens else [])], default=None)
         if below is None:
             return points[0][1] if points else 0.0
