@@ -40,7 +40,6 @@ SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # what scales 
 CACHED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8"}  # quantized caches that are read
 LONGEST_QUERY = 4  # more query tokens a request and a longer past: matrix products over gathered pages are faster
 LONGEST_PAST = 1024
-FEW = 8  # rows of x, as in products.h: for those sums come in another order than for more
 MOST_PAIRED = 64  # more rows of x, or no such op on this machine: torch's product is faster
 SOFTLY = 1  # OpenMP's omp_pause_soft
 MOST_ROWS = 5  # more rows of x: unpacking the weights for a matrix product is faster
@@ -114,7 +113,7 @@ def multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K) times weight (N, K) transposed, plus bias (N,), all bfloat16 -> (..., N); sums in float32.
 
-    A row's result does not depend on the other rows, only on whether there are more than FEW.
+    A row's result does not depend on the other rows, only on whether they are few (FEW in products.h).
     """
     x = x.contiguous()
     rows, width = weight.shape
